@@ -1,0 +1,71 @@
+# make demo | test | gpu | bench | resources | lint | format | clean
+#
+# TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
+# PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
+
+PYTHON ?= python3
+TORCH ?= torch==2.11.0
+RESULTS ?= benchmarks/results
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet install
+
+# One architecture, to build fast: that of the GPU which is there, else Hopper.
+GPU_ARCHITECTURES = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';' -)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
+
+.PHONY: demo test gpu bench resources lint format clean build
+.DELETE_ON_ERROR:
+
+# The environment: torch as chosen, then everything else held to it. Made anew where TORCH changes.
+CHOSEN = $(VENV)/chosen-$(subst /,_,$(subst $() ,_,$(TORCH)))
+$(CHOSEN): pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) "$(TORCH)"
+	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt "setuptools>=77,<82" wheel ninja pybind11 cmake \
+	  timm torchmetrics tyro rich scikit-learn matplotlib tensorboard nvtx \
+	  numpy pytest pytest-benchmark hypothesis ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+# In place, so that tests and demo run the source tree and a second build compiles what changed.
+build: $(CHOSEN)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/python -m gated_prompt demo
+
+test: build
+	$(BIN)/python -m pytest tests
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU, with the packages that are there: build, CUDA tests, benchmarks; JSON to $(RESULTS).
+gpu:
+	mkdir -p $(RESULTS)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest tests -m cuda --junitxml=$(RESULTS)/gpu-tests.xml
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/gpu-benchmarks.json
+
+# Registers, spills and memory instructions of the CUDA kernels; needs nvcc, no GPU.
+resources: $(CHOSEN)
+	$(BIN)/python benchmarks/kernel_resources.py
+
+SOURCES = $(wildcard csrc/* tests/cpp/*)
+lint: $(CHOSEN)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(CHOSEN)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist demo_output gated_prompt/*.so *.egg-info .benchmarks .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

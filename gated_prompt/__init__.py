@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated prompt tuning of frozen Vision Transformers (ICML 2023, arXiv 2306.05067).
+
+The op and its module need torch alone. `wrap` and what follows it need the extra `vit`; they are
+imported when first used, so that importing this package stays light.
+"""
+
+import importlib
+
+from gated_prompt.functional import prompt_gate, prompt_gate_
+from gated_prompt.modules import PromptGate
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "GatedPromptViT": "gated_prompt.vit",
+    "tempered_attention": "gated_prompt.attention",
+    "unwrap": "gated_prompt.vit",
+    "wrap": "gated_prompt.vit",
+}
+
+__all__ = ["PromptGate", "prompt_gate", "prompt_gate_", *sorted(_LAZY)]
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

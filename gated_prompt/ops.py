@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled modules, their raw ops as torch sees them, and the autograd Function over them.
+
+The documented functions are in `gated_prompt.functional`; nothing here checks the meaning of
+arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BUILD_HINT = "build it with `pip install .` in the source tree (docs/building.md)"
+
+try:
+    from gated_prompt import _C
+except ImportError as error:
+    raise ImportError(
+        f"gated_prompt: the compiled module gated_prompt._C does not load under torch "
+        f"{torch.__version__}: {error}. To {BUILD_HINT}."
+    ) from error
+
+# None: CUDA kernels are there. Else: why not, for the error that a CUDA tensor gets.
+cuda_unavailable_reason: str | None = None
+if torch.version.cuda is None:
+    cuda_unavailable_reason = f"torch {torch.__version__} is a CPU-only build"
+else:
+    try:
+        from gated_prompt import _C_cuda
+    except ModuleNotFoundError:
+        cuda_unavailable_reason = (
+            "gated_prompt was built without CUDA (no CUDA toolkit then, or a CPU-only torch)"
+        )
+    except ImportError as error:
+        cuda_unavailable_reason = f"gated_prompt._C_cuda does not load: {error}"
+
+
+def require_kernels(op: str, device: torch.device) -> None:
+    """Raises RuntimeError unless there are kernels for `device` (on meta, there are shapes)."""
+    if device.type in ("cpu", "meta") or (
+        device.type == "cuda" and cuda_unavailable_reason is None
+    ):
+        return
+    if device.type == "cuda":
+        raise RuntimeError(
+            f"{op}: got a tensor on {device}, but {cuda_unavailable_reason}. To use CUDA, install "
+            f"a torch with CUDA and a CUDA toolkit (or let pip fetch nvcc), then {BUILD_HINT}."
+        )
+    raise RuntimeError(f"{op}: device type must be cpu or cuda, got {device}")
+
+
+@torch.library.register_fake("gated_prompt::prompt_gate_fwd_")
+def _(block_out, block_in, gate_logit, start, length, mix, save):
+    batch, _, dim = block_out.shape
+    return block_out.new_empty((batch, length, dim) if save else (0,))
+
+
+@torch.library.register_fake("gated_prompt::prompt_gate_bwd_")
+def _(
+    grad_out, saved, gate_logit, start, length, mix, need_out, need_in, need_logit, in_dtype
+):  # fmt: skip
+    batch, _, dim = grad_out.shape
+    grad_in = grad_out.new_empty((batch, length, dim) if need_in else (0,), dtype=in_dtype)
+    return grad_in, gate_logit.new_empty(() if need_logit else (0,))
+
+
+class PromptGateFunction(torch.autograd.Function):
+    """The gate on rows [start, start + length) of block_out [B, N, D], in place.
+
+    block_in [B, P, D] holds the prompt rows alone; gate_logit is []. Between forward and backward
+    one [B, P, D] tensor lives, h - x (mix) or h (residual), and only if gate_logit needs a
+    gradient. It is
+    not rebuilt from the result: with g = 4.5e-5 that division loses every digit of bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, block_out, block_in, gate_logit, start, length, mix):
+        save = ctx.needs_input_grad[2]
+        saved = torch.ops.gated_prompt.prompt_gate_fwd_(
+            block_out, block_in, gate_logit, start, length, mix, save
+        )
+        ctx.mark_dirty(block_out)
+        ctx.save_for_backward(saved, gate_logit)
+        ctx.start, ctx.length, ctx.mix, ctx.in_dtype = start, length, mix, block_in.dtype
+        return block_out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        need_out, need_in, need_logit, *_ = ctx.needs_input_grad
+        saved, gate_logit = ctx.saved_tensors
+        with torch.no_grad():
+            if need_out:  # its rows are rescaled in place, and the incoming gradient may be shared
+                grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+            grad_in, grad_logit = torch.ops.gated_prompt.prompt_gate_bwd_(
+                grad_out, saved, gate_logit, ctx.start, ctx.length, ctx.mix,
+                need_out, need_in, need_logit, ctx.in_dtype,
+            )  # fmt: skip
+        wanted = [grad_out] * need_out + [grad_in] * need_in + [grad_logit] * need_logit
+        if torch.is_grad_enabled():  # create_graph=True
+            anchor = torch.empty((), requires_grad=True)
+            wanted = _NoSecondDerivative.apply(anchor, *wanted)
+        wanted = iter(wanted)
+        return (*(next(wanted) if need else None for need in ctx.needs_input_grad[:3]), *[None] * 3)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on gradients that raises when differentiated.
+
+    torch's once_differentiable does so only where the incoming gradient requires grad; here the
+    gate's own inputs are missing from the graph of the gradient as well, and a silent zero would be
+    wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "prompt_gate: the kernels have no second derivative; "
+            "use gated_prompt.reference.prompt_gate"
+        )
+
+
+def build_info() -> dict:
+    """What was built: compiler, torch, instruction set, nvcc, GPU architectures; or why no CUDA."""
+    info = dict(_C.build_info())
+    info["cuda_unavailable_reason"] = cuda_unavailable_reason
+    if cuda_unavailable_reason is None:
+        info.update(_C_cuda.build_info())
+    return info
+
+
+launch_plan = _C.launch_plan

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds gated_prompt._C (CPU, always) and gated_prompt._C_cuda (where torch has CUDA and nvcc is
+found).
+
+Environment: TORCH_CUDA_ARCH_LIST ("9.0" or "8.0;9.0+PTX"), MAX_JOBS, CUDA_HOME,
+GATED_PROMPT_CPU_ONLY=1, FORCE_CUDA=1 (no CUDA is then an error). docs/building.md says more.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
+import gated_prompt_build as backend
+
+# Turing to Blackwell; nvcc is asked which of them it knows. The last one also goes in as PTX.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+# The bindings use torch's stable ABI of this version: one build serves it and every later one.
+TORCH_TARGET = "0x020a000000000000ULL"
+HARDENING = [
+    "-fstack-protector-strong",
+    "-D_GLIBCXX_ASSERTIONS",
+    "-U_FORTIFY_SOURCE",
+    "-D_FORTIFY_SOURCE=2",
+]
+LINK = [
+    f"-Wl,{option}"
+    for option in (
+        "--strip-debug",
+        "--as-needed",
+        "--exclude-libs,ALL",
+        "-z,relro,-z,now",
+        "-z,noexecstack",
+    )
+]
+
+
+def architecture_list(cuda_home: str) -> str:
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    text = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
+    known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in text.split()]
+    return ";".join(known) + "+PTX"
+
+
+def extensions():
+    plan = backend.plan()
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    # pybind11's own headers first: torch's copy refuses to be used beside the stable ABI
+    include = [pybind11.get_include(), os.path.abspath("csrc")]
+    common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY"]
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]  # torch's headers have unused ones
+    if os.environ.get("GATED_PROMPT_WERROR"):
+        warnings.append("-Werror")
+    cxx = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", *warnings, *HARDENING, *common]
+    cpu = CppExtension(
+        "gated_prompt._C",
+        ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp"],
+        include_dirs=include,
+        extra_compile_args={"cxx": [*cxx, f"-DGP_BUILD_TORCH={plan.torch.version}"]},
+        extra_link_args=LINK,
+    )
+    cpu.libraries = ["torch_cpu"]
+    built = [cpu]
+    if plan.cuda_home is not None:
+        architectures = architecture_list(plan.cuda_home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        facts = [
+            f"-DGP_NVCC={backend.toolkit_version(plan.cuda_home)}",
+            f"-DGP_ARCHITECTURES={architectures.replace(';', ',').replace(' ', ',')}",
+        ]
+        cuda = CUDAExtension(
+            "gated_prompt._C_cuda",
+            ["csrc/bindings_cuda.cpp", "csrc/prompt_gate.cu"],
+            include_dirs=include,
+            extra_compile_args={
+                "cxx": [*cxx, *facts, "-DUSE_CUDA"],
+                "nvcc": ["-O3", "-fmad=false", "-lineinfo", "--threads=0"],
+            },
+            extra_link_args=LINK,
+        )
+        # cudart is linked statically, so the module does not depend on which libcudart is installed
+        cuda.libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+        built.append(cuda)
+        backend.log(f"building CPU and CUDA ({architectures}) kernels: {plan.reason}")
+    else:
+        backend.log(f"building CPU kernels only: {plan.reason}")
+    return {"ext_modules": built, "cmdclass": {"build_ext": BuildExtension}}
+
+
+def is_building() -> bool:
+    """Metadata and source archives need no torch and no compiler."""
+    return not {"egg_info", "sdist", "dist_info", "clean"} & set(sys.argv[1:])
+
+
+os.chdir(Path(__file__).resolve().parent)
+setup(**(extensions() if is_building() else {}))

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tolerance rule of the whole suite, and the devices that tests run on."""
+
+import pytest
+import torch
+
+from gated_prompt import ops
+
+CUDA_SKIP_REASON = "no CUDA GPU" if not torch.cuda.is_available() else ops.cuda_unavailable_reason
+
+
+def pytest_collection_modifyitems(items):
+    if CUDA_SKIP_REASON is not None:
+        skip = pytest.mark.skip(reason=CUDA_SKIP_REASON)
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=False, dtype=None):
+    """Asserts that `got` is as near to the float64 `reference` as its dtype and the eager form
+    allow.
+
+    Both must hold, with K, C = 2, 8 (forward) or 3, 32 (backward), as flash-attention bounds its
+    error by that of same-dtype PyTorch:
+        ratio: max|got - ref| <= K * max|eager - ref| + 2 * eps * max|ref| + acc
+        cap:   |got - ref| <= max(C * eps * terms, 2 * |eager - ref|) + acc, elementwise
+    acc is 8 float32 epsilons of the sum of |terms| where `reduced`, else 0. float64 has no wider
+    oracle: relative 1e-12 (forward) or 1e-11 (backward) of `terms`.
+
+    Args:
+        reference, eager: The same value in float64, and by eager ops in the dtype under test.
+        terms: Sum of the absolute values that are added up to make each element, float64.
+        dtype: The coarsest dtype of the inputs, where it is coarser than that of `got`.
+    """
+    assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype}, eager has {eager.dtype}"
+    assert got.shape == reference.shape, f"{name}: {got.shape}, reference has {reference.shape}"
+    dtype = max((got.dtype, dtype or got.dtype), key=lambda t: torch.finfo(t).eps)
+    error = (got.double() - reference).abs()
+    assert not error.isnan().any(), f"{name}: NaN"
+    if got.numel() == 0:
+        return
+    if dtype == torch.float64:
+        allowed = (1e-11 if backward else 1e-12) * terms
+        assert (error <= allowed).all(), f"{name}: error {error.max():.3g}"
+        return
+    eps = torch.finfo(dtype).eps
+    k, c = (3, 32) if backward else (2, 8)
+    accumulated = 8 * torch.finfo(torch.float32).eps * terms if reduced else 0 * terms
+    eager_error = (eager.double() - reference).abs()
+    ratio = k * eager_error.max() + 2 * eps * reference.abs().max() + accumulated.max()
+    assert error.max() <= ratio, f"{name}: error {error.max():.3g} beyond ratio bound {ratio:.3g}"
+    cap = torch.maximum(c * eps * terms, 2 * eager_error) + accumulated
+    worst = (error - cap).argmax()
+    assert (error <= cap).all(), (
+        f"{name}: error {error.flatten()[worst]:.3g} beyond cap {cap.flatten()[worst]:.3g}"
+    )
