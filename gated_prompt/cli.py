@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: gated-prompt demo | info. Only `demo` needs the extra `tune`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a subcommand; options of the subcommand are its own, shown by --help after its name."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"demo": demo, "info": info}
+    parser = argparse.ArgumentParser(
+        prog="gated-prompt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:6} {run.__doc__}" for name, run in commands.items()),
+    )
+    parser.add_argument("command", choices=commands, help="what to do; --help after it says more")
+    arguments = parser.parse_args(argv[:1])
+    commands[arguments.command](argv[1:])
+
+
+def demo(argv: list[str]) -> None:
+    """Pretrain, freeze and tune a small ViT: no download, no GPU, two to three minutes."""
+    try:
+        import tyro
+
+        from gated_prompt.demo import DemoConfig, run_demo
+    except ModuleNotFoundError as error:
+        sys.exit(f"gated-prompt demo: {error}; install the extra: pip install 'gated-prompt[tune]'")
+    run_demo(tyro.cli(DemoConfig, args=argv, prog="gated-prompt demo"))
+
+
+def info(argv: list[str]) -> None:
+    """What was built, for which GPUs, what can run here, and why not where not."""
+    parser = argparse.ArgumentParser(prog="gated-prompt info", description=info.__doc__)
+    parser.parse_args(argv)
+    for name, value in info_lines():
+        print(f"{name + ':':18} {value}")
+
+
+def info_lines() -> list[tuple[str, str]]:
+    import torch
+
+    import gated_prompt
+    from gated_prompt import attention, ops
+
+    build = ops.build_info()
+    lines = [
+        ("gated_prompt", gated_prompt.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        ("built against", f"torch {build['torch']}, GCC {build['compiler']}"),
+        ("CPU kernels", f"yes, running {build['cpu_instructions']}"),
+    ]
+    reason = build["cuda_unavailable_reason"]
+    if reason is None:
+        lines.append(("CUDA kernels", f"yes, nvcc {build['nvcc']}, for {build['architectures']}"))
+    else:
+        lines.append(("CUDA kernels", f"no: {reason}"))
+    if not torch.cuda.is_available():
+        lines.append(("GPU", "none that torch can use"))
+    else:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            runs = reason is None and has_kernel((major, minor), build["architectures"])
+            lines.append(
+                (
+                    f"GPU {index}",
+                    f"{torch.cuda.get_device_name(index)}, architecture {major}.{minor}, "
+                    f"{'runs these kernels' if runs else 'has no kernels in this build'}",
+                )
+            )
+    for backend in attention.BACKENDS[1:]:
+        why_not = attention.unavailable_reason(backend)
+        lines.append((f"attention {backend}", "usable" if why_not is None else f"no: {why_not}"))
+    return lines
+
+
+def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a build for `architectures` ("8.0,9.0+PTX") runs on a GPU of this capability.
+
+    Machine code runs on its own major version from its minor on; PTX is compiled for any later GPU.
+    """
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
+        built = (int(major), int(minor))
+        if built <= capability and (built[0] == capability[0] or ptx):
+            return True
+    return False
