@@ -10,6 +10,10 @@
 namespace gated_prompt {
 namespace {
 
+// Blocks that an SM must be able to hold: at most 85 registers a thread. Left free, ptxas 13.0
+// spills in one kernel; held to 4 blocks, in two (make resources). Not yet tuned on a GPU.
+constexpr int kMinBlocks = 3;
+
 template <class A>
 __device__ __forceinline__ Gate<A> read_gate(const PromptGateParams& p) {
   double logit;
@@ -30,7 +34,7 @@ __device__ __forceinline__ T* sample(const Rows& rows, int64_t b) {
 // ---- forward ----
 
 template <class H, class X, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     prompt_gate_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
   using A = compute_t<H>;
   const Gate<A> gate = read_gate<A>(p);
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 // One launch: the block that arrives last adds the partial sums of all blocks, in a fixed order.
 
 template <class H, class X, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* ticket,
                            double* partials) {
   using A = compute_t<H>;

@@ -6,16 +6,51 @@
 
 namespace gated_prompt {
 
-// kCount elements of T moved by as few instructions as possible: 16 bytes each, or all at once.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// kCount elements of T, moved in words of up to 16 bytes. Stores go through __stwb, an ordinary
+// store that stays whole: nvcc 13.0 splits some of what is written as an assignment (seen in SASS).
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+struct Pack {
+  static constexpr int kWordBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;
+  static constexpr int kWords = sizeof(T) * kCount / kWordBytes;
+  using word_t = typename Word<kWordBytes>::type;
+
   T value[kCount];
 
   __device__ __forceinline__ static Pack load(const T* source) {
-    return *reinterpret_cast<const Pack*>(source);
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const word_t word = reinterpret_cast<const word_t*>(source)[i];
+      memcpy(reinterpret_cast<char*>(pack.value) + i * kWordBytes, &word, kWordBytes);
+    }
+    return pack;
   }
   __device__ __forceinline__ void store(T* target) const {
-    *reinterpret_cast<Pack*>(target) = *this;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      word_t word;
+      memcpy(&word, reinterpret_cast<const char*>(value) + i * kWordBytes, kWordBytes);
+      __stwb(reinterpret_cast<word_t*>(target) + i, word);
+    }
   }
 };
 

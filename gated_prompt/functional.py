@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gated_prompt.ops import PromptGateFunction, require_kernels
+from gated_prompt.ops import PromptGateFunction, copy_rows, require_kernels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RULES = ("mix", "residual")
@@ -90,8 +90,9 @@ def prompt_gate_(
         "prompt_gate_", block_out, block_in, gate_logit, start, length, rule
     )
     if _is_traced(block_out, block_in, gate_logit):
-        # the clone keeps what the products save apart from the rows that are overwritten
-        old = block_out[:, start : start + length].clone()
+        # the copy keeps what the products save apart from the rows that are overwritten
+        old = block_out[:, start : start + length]
+        old = copy_rows(old) if torch.compiler.is_compiling() else old.clone()
         block_out[:, start : start + length] = _gated_rows(old, rows, gate, rule)
         return block_out
     require_kernels("prompt_gate_", block_out.device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gated_prompt.functional import RULES, prompt_gate_
+from gated_prompt.functional import RULES, prompt_gate, prompt_gate_
 
 GATES = ("scalar",)
 
@@ -40,8 +40,10 @@ class PromptGate(nn.Module):
         nn.init.constant_(self.logit, self.init)
 
     def forward(self, block_out: Tensor, block_in: Tensor, start: int, length: int) -> Tensor:
-        """Gates rows [start, start + length) of block_out [B, N, D] in place; returns block_out."""
-        return prompt_gate_(block_out, block_in, self.logit, start, length, self.rule)
+        """Gates rows [start, start + length) of block_out [B, N, D], in place except in compiled code."""
+        # a compiler fuses the out-of-place form into the ops around it, and writes in place where it can
+        gate = prompt_gate if torch.compiler.is_compiling() else prompt_gate_
+        return gate(block_out, block_in, self.logit, start, length, self.rule)
 
     def extra_repr(self) -> str:
         return f"{self.gate}, rule={self.rule}, init={self.init}"

@@ -354,6 +354,36 @@ def test_compiled_equals_eager(device, rule, inplace):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (12,), (2, 1, 1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_in_place_on_a_graph_input_keeps_its_gradients(device, rule, shape):
+    """Inductor drops the clone that a plain slice assignment makes: its gate gradient was 60 % off."""
+    h, x, _, grad = Case(device=device).inputs()
+    logit = torch.randn(shape, device=device)
+    results = []
+    for gate in (torch.compile(gp.prompt_gate_, fullgraph=True), reference.prompt_gate):
+        leaves = [t.clone().requires_grad_() for t in (h, x, logit)]
+        out = gate(leaves[0] + 0, leaves[1], leaves[2], 1, 3, rule)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_in_place_after_a_clone_leaves_the_original(device):
+    """pytorch#198031: a mutating op on a clone must not reach the tensor that was cloned."""
+
+    def function(h, x, logit):
+        copy = h.clone()
+        return gp.prompt_gate_(copy, x, logit, 1, 3), h + 0
+
+    h, x, logit, _ = Case(device=device).inputs()
+    wanted, before = gp.prompt_gate(h, x, logit, 1, 3), h.clone()
+    got, original = torch.compile(function, fullgraph=True)(h, x, logit)
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(original, before)
+    assert torch.equal(h, before)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_compiled_once_for_many_sizes(device, rule):
     from torch._dynamo.testing import CompileCounter

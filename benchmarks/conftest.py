@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a benchmark ran: written into the JSON of every run."""
+
+import subprocess
+
+import pytest
+import torch
+
+from gated_prompt import ops
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """One CPU thread: with more, what is timed at these sizes is the wake-up of the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["torch"] = torch.__version__
+    machine_info["build"] = ops.build_info()
+    if torch.cuda.is_available():
+        query = "name,driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active"
+        machine_info["gpu"] = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    if request.param == "cuda" and ops.cuda_unavailable_reason is not None:
+        pytest.skip(ops.cuda_unavailable_reason)
+    return request.param
