@@ -26,7 +26,7 @@ def slice_assignment(h, x, logit, start, length):
 
 
 def slice_scatter(h, x, logit, start, length):
-    """Out of place, for compilers. (Compiled slice assignment to an input gives wrong gate gradients.)"""
+    """Out of place, for compilers: compiled slice assignment gave wrong gate gradients."""
     g = torch.sigmoid(logit)
     end = start + length
     prompts = g * h[:, start:end] + (1 - g) * x[:, start:end]

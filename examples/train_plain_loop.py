@@ -3,8 +3,8 @@
 
     python examples/train_plain_loop.py --steps 20
 
-Trains on random images, since its point is the loop. `gate` is a parameter of `main` so that a test can
-put the eager formula in its place and compare the losses.
+Trains on random images, since its point is the loop. `gate` is a parameter of `main` so that a test
+can put the eager formula in its place and compare the losses.
 """
 
 import argparse

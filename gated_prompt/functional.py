@@ -121,7 +121,8 @@ def _apply(op, block_out, rows, gate, start, length, rule):
     )
     if not has_kernel:  # float64 beside another dtype, float16 beside bfloat16: rare
         rows = rows.to(torch.float64 if block_out.dtype == torch.float64 else torch.float32)
-    return PromptGateFunction.apply(block_out, rows, gate.reshape(()), start, length, rule == "mix")
+    gate = gate if gate.dim() == 0 else gate.reshape(())
+    return PromptGateFunction.apply(block_out, rows, gate, start, length, rule == "mix")
 
 
 def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:

@@ -40,8 +40,8 @@ class PromptGate(nn.Module):
         nn.init.constant_(self.logit, self.init)
 
     def forward(self, block_out: Tensor, block_in: Tensor, start: int, length: int) -> Tensor:
-        """Gates rows [start, start + length) of block_out [B, N, D], in place except in compiled code."""
-        # a compiler fuses the out-of-place form into the ops around it, and writes in place where it can
+        """Gates rows [start, start + length) of block_out [B, N, D]; in place unless compiled."""
+        # a compiler fuses the out-of-place form into the ops around it
         gate = prompt_gate if torch.compiler.is_compiling() else prompt_gate_
         return gate(block_out, block_in, self.logit, start, length, self.rule)
 

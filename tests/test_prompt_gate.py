@@ -357,7 +357,7 @@ def test_compiled_equals_eager(device, rule, inplace):
 @pytest.mark.parametrize("shape", [(), (12,), (2, 1, 1)])
 @pytest.mark.parametrize("rule", RULES)
 def test_compiled_in_place_on_a_graph_input_keeps_its_gradients(device, rule, shape):
-    """Inductor drops the clone that a plain slice assignment makes: its gate gradient was 60 % off."""
+    """Inductor recomputes a plain clone from the new values: the gate gradient was 60 % off."""
     h, x, _, grad = Case(device=device).inputs()
     logit = torch.randn(shape, device=device)
     results = []
