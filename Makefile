@@ -49,7 +49,7 @@ gpu:
 	mkdir -p $(RESULTS)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest tests -m cuda --junitxml=$(RESULTS)/gpu-tests.xml
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/gpu-benchmarks.json
+	$(PYTHON) -m pytest benchmarks --benchmark-only -k "cuda and not cpu" --benchmark-json=$(RESULTS)/gpu-benchmarks.json
 
 # Registers, spills and memory instructions of the CUDA kernels; needs nvcc, no GPU.
 resources: $(CHOSEN)

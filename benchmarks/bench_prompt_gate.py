@@ -13,7 +13,7 @@ import contextlib
 
 import pytest
 import torch
-from peers import PEERS
+from peers import PEERS, make_peer
 
 from gated_prompt import ops, reference
 
@@ -63,7 +63,7 @@ def test_prompt_gate(benchmark, device, shape, dtype, mode, peer):
     where, batch, length, dim = SHAPES[shape]
     if where != device:
         pytest.skip(f"a shape for {where}")
-    gate = PEERS[peer]
+    gate = make_peer(peer)
     leaves, grad = make_inputs(batch, length, dim, dtype, device)
     check(gate, leaves, grad, length)
     h, x, logit = leaves

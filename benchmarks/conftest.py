@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+import torch._inductor.config
 
 from gated_prompt import ops
 
@@ -14,7 +15,8 @@ def _one_thread():
     """One CPU thread: with more, what is timed at these sizes is the wake-up of the others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch._inductor.config.patch("cpp.threads", 1):
+        yield
     torch.set_num_threads(threads)
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate (rule "mix") as others write it: (h, x, logit, start, length) -> sequence."""
 
-import functools
-
 import torch
 
 import gated_prompt as gp
@@ -33,15 +31,18 @@ def slice_scatter(h, x, logit, start, length):
     return h.slice_scatter(prompts.to(h.dtype), 1, start, end)
 
 
-@functools.cache
-def compiled(function):
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-PEERS = {
-    "gated_prompt": gp.prompt_gate_,
-    "original": original,
-    "slice assignment": slice_assignment,
-    "original, compiled": lambda *args: compiled(original)(*args),
-    "slice_scatter, compiled": lambda *args: compiled(slice_scatter)(*args),
+PEERS = {  # name: (function, whether torch.compile comes first)
+    "gated_prompt": (gp.prompt_gate_, False),
+    "original": (original, False),
+    "slice assignment": (slice_assignment, False),
+    "original, compiled": (original, True),
+    "slice_scatter, compiled": (slice_scatter, True),
 }
+
+
+def make_peer(name):
+    function, is_compiled = PEERS[name]
+    if not is_compiled:
+        return function
+    torch._dynamo.reset()  # each shape for itself: no guard, no recompilation is timed
+    return torch.compile(function, fullgraph=True, dynamic=False)
