@@ -111,7 +111,8 @@ inline bool is_reached(const std::vector<Axis>& axes, size_t first, int64_t delt
 
 // `written` rows never overlap themselves, and overlap `read` rows only where both are the same
 // elements.
-inline void check_overlap(const PromptGateParams& p, const Rows& written, const Rows* read) {
+inline void check_overlap(const PromptGateParams& p, const Rows& written,
+                          const Rows* read = nullptr, const char* name = nullptr) {
   const std::vector<Axis> axes = axes_of(p, written);
   for (size_t i = 0; i < axes.size(); ++i) {
     STD_TORCH_CHECK(axes[i].stride > reach(axes, i + 1),
@@ -119,23 +120,33 @@ inline void check_overlap(const PromptGateParams& p, const Rows& written, const 
                     "tensor?): call .clone() first");
   }
   if (read == nullptr) return;
-  const auto low = reinterpret_cast<intptr_t>(written.data),
-             other = reinterpret_cast<intptr_t>(read->data);
-  const int64_t size = item_size(written.dtype), other_size = item_size(read->dtype);
+  const auto low = reinterpret_cast<intptr_t>(written.data);
+  const auto other = reinterpret_cast<intptr_t>(read->data);
+  const int64_t size = item_size(written.dtype);
   const std::vector<Axis> other_axes = axes_of(p, *read);
   const bool apart = low + (reach(axes, 0) + 1) * size <= other ||
-                     other + (reach(other_axes, 0) + 1) * other_size <= low;
-  bool same_layout = written.dtype == read->dtype && axes.size() == other_axes.size();
-  for (size_t i = 0; same_layout && i < axes.size(); ++i) {
-    same_layout = axes[i].stride == other_axes[i].stride && axes[i].size == other_axes[i].size;
-  }
-  const bool same_elements = low == other && same_layout;
+                     other + (reach(other_axes, 0) + 1) * item_size(read->dtype) <= low;
+  const auto same = [](int64_t axis_size, int64_t a, int64_t b) { return axis_size < 2 || a == b; };
+  const bool same_strides = written.dtype == read->dtype &&
+                            same(p.batch, written.batch_stride, read->batch_stride) &&
+                            same(p.length, written.row_stride, read->row_stride) &&
+                            same(p.dim, written.channel_stride, read->channel_stride);
   const bool interleaved =
-      same_layout && (other - low) % size == 0 && !is_reached(axes, 0, (other - low) / size);
+      same_strides && (other - low) % size == 0 && !is_reached(axes, 0, (other - low) / size);
+  STD_TORCH_CHECK(apart || interleaved || (same_strides && low == other), "prompt_gate: ", name,
+                  " overlaps the prompt rows of block_out in memory: pass a copy of one of them");
+}
+
+// The gate is read while rows are written, so it may not lie between the first and the last of
+// them.
+inline void check_gate_apart(const PromptGateParams& p) {
+  const auto low = reinterpret_cast<intptr_t>(p.out.data);
+  const auto gate = reinterpret_cast<intptr_t>(p.gate_logit);
+  const auto high = low + (reach(axes_of(p, p.out), 0) + 1) * item_size(p.out.dtype);
   STD_TORCH_CHECK(
-      apart || same_elements || interleaved,
-      "prompt_gate: block_in overlaps the prompt rows of block_out in memory: pass a copy of "
-      "one of them");
+      gate + item_size(p.gate_dtype) <= low || high <= gate,
+      "prompt_gate: gate_logit lies among the prompt rows of block_out in memory: pass a "
+      "copy of it");
 }
 
 // Checks of block_out or its gradient [B, N, D], the slice and the gate.
@@ -189,7 +200,8 @@ Tensor prompt_gate_fwd(Tensor& block_out, const Tensor& block_in, const Tensor& 
   p.in = make_rows(block_in, "block_in", 0);
   check_dtypes(p.out.dtype, p.in.dtype);
   const bool empty = p.batch * p.length * p.dim == 0;
-  if (!empty) check_overlap(p, p.out, &p.in);
+  if (!empty) check_overlap(p, p.out, &p.in, "block_in");
+  if (!empty) check_gate_apart(p);
   Tensor saved = save ? torch::stable::new_empty(block_out, {p.batch, p.length, p.dim})
                       : torch::stable::new_empty(block_out, {0});
   if (empty) return saved;
@@ -209,7 +221,9 @@ std::tuple<Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tensor& saved
   check_dtypes(p.out.dtype, to_dtype(in_dtype, "block_in"));
   const bool empty = p.batch * p.length * p.dim == 0;
   p.rescale = need_out;
-  if (need_out && !empty) check_overlap(p, p.out, nullptr);
+  check_device(saved, "saved", grad_out);
+  if (need_out && !empty) check_overlap(p, p.out);
+  if (need_out && !empty) check_gate_apart(p);
   Tensor grad_in = need_in
                        ? torch::stable::new_empty(grad_out, {p.batch, p.length, p.dim}, in_dtype)
                        : torch::stable::new_empty(grad_out, {0}, in_dtype);
@@ -224,6 +238,7 @@ std::tuple<Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tensor& saved
                     "prompt_gate: saved must be contiguous and of the dtype of the gradient");
     p.saved = make_rows(saved, "saved", 0);
     p.grad_logit = grad_logit.data_ptr();
+    if (need_out && !empty) check_overlap(p, p.out, &p.saved, "saved");
   }
   if (!empty && (need_out || need_in || need_logit)) launch(p);
   return {grad_in, grad_logit};

@@ -14,6 +14,8 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+void* const kStreamPerThread = reinterpret_cast<void*>(uintptr_t{2});  // cudaStreamPerThread
+
 void check_cuda(int error) {
   char* text = nullptr;
   torch_c10_cuda_check_msg(error, __FILE__, __func__, __LINE__, true, &text);
@@ -31,7 +33,8 @@ void* current_stream(const Tensor& tensor) {
 
 // Zeroed memory for the gate gradient. One buffer per stream serves all launches there, one after
 // the other. A captured graph may be replayed beside anything, so it gets memory of its own, zeroed
-// by the graph. The buffers are never freed: at exit the CUDA context may be gone before them.
+// by the graph; so does cudaStreamPerThread, one handle for a stream in each thread. The buffers
+// are never freed: at exit the CUDA context may be gone before them.
 Tensor workspace(const Tensor& reference, void* stream) {
   const auto make = [&] {
     return torch::stable::new_zeros(reference, {static_cast<int64_t>(kWorkspaceBytes)},
@@ -39,7 +42,7 @@ Tensor workspace(const Tensor& reference, void* stream) {
   };
   bool capturing = false;
   check_cuda(is_stream_capturing(stream, &capturing));
-  if (capturing) return make();
+  if (capturing || stream == kStreamPerThread) return make();
   static std::mutex mutex;
   static auto& buffers = *new std::map<std::pair<int32_t, void*>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -50,6 +53,7 @@ Tensor workspace(const Tensor& reference, void* stream) {
 
 Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
                 int64_t length, bool mix, bool save) {
+  STD_TORCH_CHECK(block_out.is_cuda(), "prompt_gate: block_out must be on CUDA");
   const DeviceGuard guard(block_out.get_device_index());
   return prompt_gate_fwd(block_out, block_in, gate_logit, start, length, mix, save,
                          [&](const PromptGateParams& p) {
@@ -60,6 +64,7 @@ Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_log
 std::tuple<Tensor, Tensor> bwd_cuda(Tensor grad_out, const Tensor& saved, const Tensor& gate_logit,
                                     int64_t start, int64_t length, bool mix, bool need_out,
                                     bool need_in, bool need_logit, ScalarType in_dtype) {
+  STD_TORCH_CHECK(grad_out.is_cuda(), "prompt_gate: grad_out must be on CUDA");
   const DeviceGuard guard(grad_out.get_device_index());
   return prompt_gate_bwd(grad_out, saved, gate_logit, start, length, mix, need_out, need_in,
                          need_logit, in_dtype, [&](const PromptGateParams& p) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         for (int i = 0; i < kVector; ++i) {
           const A h_i = widen(h[k].value[i]);
           const A x_i = widen(x[k].value[i]);
-          saved.value[i] = narrow<H>(gate_derivative(p.mix, h_i, x_i));
+          saved.value[i] = narrow<H>(half_derivative(p.mix, h_i, x_i));
           h[k].value[i] = narrow<H>(update(gate.value, h_i, w, x_i));
         }
         h[k].store(h_sample + pack_offset(plan, p.out, index));
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
   total = block_sum(total);
   if (threadIdx.x == 0) {
-    const double result = read_gate<double>(p).slope * total;
+    const double result = logit_gradient(read_gate<double>(p), total);
     switch (p.gate_dtype) {
       case DType::kFloat64: *static_cast<double*>(p.grad_logit) = result; break;
       case DType::kFloat32: *static_cast<float*>(p.grad_logit) = static_cast<float>(result); break;

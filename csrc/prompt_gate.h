@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // What bindings, CPU kernels and CUDA kernels agree on. No torch and no CUDA header here.
 //
-// Shapes: B samples, N tokens, D channels; P = length prompt rows of each sample, rows [start,
-// start + P). Forward, on the prompt rows only:   h <- g*h + w*x,  saved <- h - x (mix) or h
-// (residual),
-//                                     g = sigmoid(logit), w = 1 - g (mix) or 1 (residual).
+// Shapes: B samples, N tokens, D channels; P = length prompt rows of each sample, from row `start`
+// on.
+//
+// Forward, on the prompt rows only, with g = sigmoid(logit), w = 1 - g (mix) or 1 (residual):
+//   h <- g*h + w*x
+//   saved <- (h - x) / 2 (mix) or h / 2 (residual), of the h before
+//
 // Backward, with G the gradient at the updated rows:
-//   grad of x <- w*G,   grad of logit <- g*(1-g) * sum(saved*G),   G <- g*G (the gradient of h).
+//   gradient of x <- w*G
+//   gradient of the logit <- 2 * g * (1-g) * sum(saved*G)
+//   G <- g*G, the gradient of h
 #pragma once
 
 #include <cstddef>

@@ -40,7 +40,7 @@ GP_TARGET_CLONES void update_row(H* h, int64_t h_stride, const X* x, int64_t x_s
   }
 }
 
-// saved <- h - x or h                                         h [n], x [n], saved [n] contiguous
+// saved <- (h - x)/2 or h/2                                      h [n], x [n], saved [n] contiguous
 template <class H, class X, bool kUnit>
 GP_TARGET_CLONES void save_row(const H* h, int64_t h_stride, const X* x, int64_t x_stride,
                                int64_t n, bool mix, H* saved) {
@@ -48,7 +48,7 @@ GP_TARGET_CLONES void save_row(const H* h, int64_t h_stride, const X* x, int64_t
   for (int64_t i = 0; i < n; ++i) {
     const compute_t<H> h_i = widen(h[at<kUnit>(i, h_stride)]);
     const compute_t<H> x_i = widen(x[at<kUnit>(i, x_stride)]);
-    saved[i] = narrow<H>(gate_derivative(mix, h_i, x_i));
+    saved[i] = narrow<H>(half_derivative(mix, h_i, x_i));
   }
 }
 
@@ -192,7 +192,7 @@ void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t chunk_begin, in
 void prompt_gate_finish_cpu(const PromptGateParams& params, const double* partials) {
   double sum = 0;
   for (int64_t chunk = 0; chunk < num_chunks(params); ++chunk) sum += partials[chunk];
-  const double grad = read_gate<double>(params).slope * sum;
+  const double grad = logit_gradient(read_gate<double>(params), sum);
   visit(params.gate_dtype, [&](auto type) {
     using G = decltype(type);
     *static_cast<G*>(params.grad_logit) = narrow<G>(static_cast<compute_t<G>>(grad));

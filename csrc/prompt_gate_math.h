@@ -157,10 +157,16 @@ GP_HD A update(A g, A h, A input_weight, A x) {
   return g * h + input_weight * x;
 }
 
-// What the gradient of the gate needs: d(update)/dg = h - x (mix) or h (residual).
+// What the gradient of the gate needs, d(update)/dg = h - x (mix) or h (residual), halved: the
+// difference of two float16 values may be twice the largest one, and halving is exact.
 template <class A>
-GP_HD A gate_derivative(bool mix, A h, A x) {
-  return mix ? h - x : h;
+GP_HD A half_derivative(bool mix, A h, A x) {
+  return mix ? A(0.5) * h - A(0.5) * x : A(0.5) * h;
+}
+
+// Gradient of the logit from the sum of half_derivative * G.
+GP_HD double logit_gradient(const Gate<double>& gate, double sum) {
+  return 2 * gate.slope * sum;
 }
 
 }  // namespace gated_prompt

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta
+from torch._C._autograd import _get_creation_meta as _creation_meta
 
 from gated_prompt.ops import PromptGateFunction, copy_rows, require_kernels
 
@@ -90,22 +92,17 @@ def prompt_gate_(
         "prompt_gate_", block_out, block_in, gate_logit, start, length, rule
     )
     if _is_traced(block_out, block_in, gate_logit):
-        # the copy keeps what the products save apart from the rows that are overwritten
+        # copies keep what the products save apart from what is, or may later be, overwritten
         old = block_out[:, start : start + length]
-        old = copy_rows(old) if torch.compiler.is_compiling() else old.clone()
+        compiled = torch.compiler.is_dynamo_compiling()
+        if compiled and torch.autograd.forward_ad._current_level < 0:
+            old, rows = copy_rows(old), copy_rows(rows)
+        else:
+            old = old.clone()
         block_out[:, start : start + length] = _gated_rows(old, rows, gate, rule)
         return block_out
     require_kernels("prompt_gate_", block_out.device)
-    if torch.is_grad_enabled() and block_out.requires_grad and block_out.is_leaf:
-        raise RuntimeError(
-            "prompt_gate_: block_out is a leaf that requires grad and can't be written in place; "
-            "use prompt_gate"
-        )
-    if block_out.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "prompt_gate_: block_out is an inference tensor and can't be written in place outside "
-            "inference mode; use prompt_gate"
-        )
+    _require_writable(block_out, rows, gate)
     return _apply("prompt_gate_", block_out, rows, gate, start, length, rule)
 
 
@@ -121,8 +118,9 @@ def _apply(op, block_out, rows, gate, start, length, rule):
     )
     if not has_kernel:  # float64 beside another dtype, float16 beside bfloat16: rare
         rows = rows.to(torch.float64 if block_out.dtype == torch.float64 else torch.float32)
-    gate = gate if gate.dim() == 0 else gate.reshape(())
-    return PromptGateFunction.apply(block_out, rows, gate, start, length, rule == "mix")
+    rows, gate = rows.resolve_neg(), gate.reshape(()).resolve_neg()
+    save = gate.requires_grad and torch.is_grad_enabled()
+    return PromptGateFunction.apply(block_out, rows, gate, start, length, rule == "mix", save)
 
 
 def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
@@ -132,6 +130,33 @@ def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
     x = x.to(dtype)
     new = g * h.to(dtype) + (1 - g) * x if rule == "mix" else x + g * h.to(dtype)
     return new.to(h.dtype)
+
+
+def _require_writable(block_out: Tensor, rows: Tensor, gate: Tensor) -> None:
+    """Raises where the result can't be in place; autograd itself does so only after the write."""
+    if block_out.is_inference() and not torch.is_inference_mode_enabled():
+        problem = "an inference tensor, outside inference mode"
+    elif block_out.is_neg():
+        problem = "a negative view"
+    elif not torch.is_grad_enabled():
+        return
+    elif block_out.requires_grad and block_out.is_leaf:
+        problem = "a leaf that requires grad"
+    elif not (block_out.requires_grad or rows.requires_grad or gate.requires_grad):
+        return
+    elif gate.is_inference():
+        raise RuntimeError("prompt_gate_: gate_logit is an inference tensor and can't be saved")
+    elif not block_out._is_view():
+        return
+    elif block_out._base.is_leaf and block_out._base.requires_grad:
+        problem = "a view of a leaf that requires grad"
+    elif _creation_meta(block_out) != CreationMeta.DEFAULT:
+        problem = "a view from an op with several outputs (unbind, split), or made under no_grad"
+    else:
+        return
+    raise RuntimeError(
+        f"prompt_gate_: block_out is {problem}, and can't be written in place; use prompt_gate"
+    )
 
 
 def _require_storage(op: str, **tensors: Tensor) -> None:

@@ -79,6 +79,7 @@ def _(rows):
 
 
 copy_rows.register_autograd(lambda ctx, grad: grad)
+copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]))
 
 
 class PromptGateFunction(torch.autograd.Function):
@@ -91,8 +92,7 @@ class PromptGateFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block_out, block_in, gate_logit, start, length, mix):
-        save = ctx.needs_input_grad[2]
+    def forward(ctx, block_out, block_in, gate_logit, start, length, mix, save):
         saved = torch.ops.gated_prompt.prompt_gate_fwd_(
             block_out, block_in, gate_logit, start, length, mix, save
         )
@@ -103,21 +103,42 @@ class PromptGateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        need_out, need_in, need_logit, *_ = ctx.needs_input_grad
-        saved, gate_logit = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
         with torch.no_grad():
-            if need_out:  # its rows are rescaled in place, and the incoming gradient may be shared
-                grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-            grad_in, grad_logit = torch.ops.gated_prompt.prompt_gate_bwd_(
-                grad_out, saved, gate_logit, ctx.start, ctx.length, ctx.mix,
-                need_out, need_in, need_logit, ctx.in_dtype,
-            )  # fmt: skip
-        wanted = [grad_out] * need_out + [grad_in] * need_in + [grad_logit] * need_logit
+            grads = (_batched_backward if is_batched else _kernel_backward)(ctx, grad_out, *needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             anchor = torch.empty((), requires_grad=True)
-            wanted = _NoSecondDerivative.apply(anchor, *wanted)
-        wanted = iter(wanted)
-        return (*(next(wanted) if need else None for need in ctx.needs_input_grad[:3]), *[None] * 3)
+            guarded = _NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None))
+            guarded = iter(guarded)
+            grads = [None if grad is None else next(guarded) for grad in grads]
+        return (*grads, *[None] * 5)
+
+
+def _kernel_backward(ctx, grad_out, need_out, need_in, need_logit):
+    saved, gate_logit = ctx.saved_tensors
+    grad_out = grad_out.resolve_neg()
+    if need_out:  # its rows are rescaled in place, and the incoming gradient may be shared
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    grad_in, grad_logit = torch.ops.gated_prompt.prompt_gate_bwd_(
+        grad_out, saved, gate_logit, ctx.start, ctx.length, ctx.mix,
+        need_out, need_in, need_logit, ctx.in_dtype,
+    )  # fmt: skip
+    return grad_out, grad_in, grad_logit
+
+
+def _batched_backward(ctx, grad_out, need_out, need_in, need_logit):
+    """The same in aten, for is_grads_batched=True, which maps it over many incoming gradients."""
+    saved, gate_logit = ctx.saved_tensors
+    dtype = torch.promote_types(grad_out.dtype, torch.float32)
+    rows = grad_out[:, ctx.start : ctx.start + ctx.length].to(dtype)
+    g = gate_logit.to(dtype).sigmoid()
+    grad_in = (1 - g if ctx.mix else 1) * rows
+    grad_rows = (g * rows).to(grad_out.dtype)
+    grad_out = grad_out.slice_scatter(grad_rows, 1, ctx.start, ctx.start + ctx.length)
+    grad_logit = 2 * g * (1 - g) * (saved.to(dtype) * rows).sum() if need_logit else g
+    return grad_out, grad_in.to(ctx.in_dtype), grad_logit.to(gate_logit.dtype)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -158,15 +158,96 @@ def test_inference_tensor_outside_inference_mode():
         gp.prompt_gate_(**arguments)
 
 
-@pytest.mark.parametrize("shift", [1, 2, -1, 7])
-def test_overlap_of_block_in_with_the_written_rows(shift):
-    buffer = torch.randn(400)
-    block_out = buffer.as_strided((B, N, D), (N * D, D, 1), 100)
-    block_in = buffer.as_strided((B, N, D), (N * D, D, 1), 100 + shift)
-    before = buffer.clone()
-    with pytest.raises(RuntimeError, match="block_in overlaps the prompt rows of block_out"):
-        gp.prompt_gate_(block_out, block_in, torch.tensor(0.0), START, P)
-    assert torch.equal(buffer, before)
+@pytest.mark.parametrize("strides", [(N * D, D, 1), (D, B * D, 1), (2 * N * D, 2 * D, 2)])
+def test_overlap_of_block_in_with_the_written_rows(strides):
+    """Refused if and only if a written element is read at another place; for every shift."""
+    places = torch.arange(600).as_strided((B, N, D), strides, 200)[:, START : START + P]
+    written = set(places.flatten().tolist())
+    outcomes = set()
+    for shift in range(-90, 91):
+        buffer = torch.randn(600)
+        block_out = buffer.as_strided((B, N, D), strides, 200)
+        block_in = buffer.as_strided((B, N, D), strides, 200 + shift)
+        before = buffer.clone()
+        overlaps = shift != 0 and not written.isdisjoint({place + shift for place in written})
+        outcomes.add(overlaps)
+        if overlaps:
+            with pytest.raises(
+                RuntimeError, match="block_in overlaps the prompt rows of block_out"
+            ):
+                gp.prompt_gate_(block_out, block_in, torch.tensor(0.0), START, P)
+            assert torch.equal(buffer, before)
+        else:
+            wanted = gp.prompt_gate(block_out, block_in, torch.tensor(0.0), START, P)
+            gp.prompt_gate_(block_out, block_in, torch.tensor(0.0), START, P)
+            assert torch.equal(block_out, wanted)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((1, 4, 4), (1, 2)), ((3, 3, 8), (0, 1))])
+def test_transposed_alias_is_an_overlap(shape, dims):
+    h = torch.randn(shape)
+    with pytest.raises(RuntimeError, match="block_in overlaps"):
+        gp.prompt_gate_(h, h.transpose(*dims), torch.tensor(0.0), 0, shape[1])
+
+
+def test_gate_among_the_written_rows():
+    arguments = good_arguments()
+    h = arguments["block_out"]
+    with pytest.raises(RuntimeError, match="gate_logit lies among the prompt rows"):
+        gp.prompt_gate_(h, arguments["block_in"], h[0, START, 0], START, P)
+    gp.prompt_gate_(h, arguments["block_in"], h[0, START, 0].clone(), START, P)
+
+
+def leaf_view(h):
+    return h.clone().requires_grad_()[:]
+
+
+def unbound(h):
+    return torch.stack([h, h]).requires_grad_().mul(1).unbind(0)[0]
+
+
+def chunked(h):
+    return torch.cat([h, h]).requires_grad_().mul(1).chunk(2)[0]
+
+
+def view_under_no_grad(h):
+    base = h.clone().requires_grad_() * 1
+    with torch.no_grad():
+        return base[:]
+
+
+@pytest.mark.parametrize("make", [leaf_view, unbound, chunked, view_under_no_grad])
+def test_views_that_autograd_refuses_are_refused_before_the_write(make):
+    arguments = good_arguments()
+    arguments["block_out"] = make(arguments["block_out"])
+    before = arguments["block_out"].detach().clone()
+    with pytest.raises(RuntimeError, match=r"block_out is a (view|leaf) .*use prompt_gate"):
+        gp.prompt_gate_(**arguments)
+    assert torch.equal(arguments["block_out"], before)
+
+
+def test_inference_gate_is_refused_before_the_write():
+    arguments = good_arguments()
+    with torch.inference_mode():
+        arguments["gate_logit"] = torch.tensor(-0.5)
+    block_out = arguments["block_out"].requires_grad_() * 1
+    before = block_out.detach().clone()
+    with pytest.raises(RuntimeError, match="gate_logit is an inference tensor"):
+        gp.prompt_gate_(**{**arguments, "block_out": block_out})
+    assert torch.equal(block_out, before)
+
+
+@pytest.mark.parametrize("name", ["block_out", "block_in", "gate_logit"])
+def test_negative_views_are_read_but_not_written(name):
+    arguments = good_arguments()
+    wanted = gp.prompt_gate(**arguments)
+    arguments[name] = torch.complex(arguments[name], -arguments[name]).conj().imag
+    assert arguments[name].is_neg()
+    assert torch.equal(gp.prompt_gate(**arguments), wanted)
+    if name == "block_out":
+        with pytest.raises(RuntimeError, match="block_out is a negative view"):
+            gp.prompt_gate_(**arguments)
 
 
 def test_overlap_outside_the_prompt_rows_is_fine():
@@ -232,6 +313,7 @@ def test_raw_op_is_memory_safe_on_its_own(index, value, pattern):
         (1, torch.randn(B, D, P).transpose(1, 2), "contiguous"),
         (1, torch.randn(B, P, D).double(), "dtype of the gradient"),
         (0, torch.ones(()).expand(B, N, D), "overlap themselves"),
+        (0, "saved in a buffer", "saved overlaps the prompt rows"),
     ],
 )
 def test_raw_backward_is_memory_safe_on_its_own(index, value, pattern):
@@ -249,5 +331,8 @@ def test_raw_backward_is_memory_safe_on_its_own(index, value, pattern):
         torch.float32,
     ]
     arguments[index] = value
+    if value == "saved in a buffer":
+        arguments[index] = arguments[1].new_empty(64).as_strided((B, N, D), (N * D, D, 1))
+        arguments[1] = arguments[index].flatten()[D : D + B * P * D].view(B, P, D)
     with pytest.raises(RuntimeError, match=pattern):
         torch.ops.gated_prompt.prompt_gate_bwd_(*arguments)

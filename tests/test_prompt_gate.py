@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from cases import DTYPES, LAYOUTS, RULES, WRITABLE, Case, magnitudes, run_op, run_reference
 from conftest import assert_within_rule
 
@@ -369,6 +370,23 @@ def test_compiled_in_place_on_a_graph_input_keeps_its_gradients(device, rule, sh
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_in_place_keeps_block_in_for_backward(device):
+    """block_in is overwritten after the gate: its products must keep the values of before."""
+
+    def function(h, x, logit):
+        out = gp.prompt_gate_(h, x, logit, 1, 3)
+        return out + gp.prompt_gate_(x, h.sin(), logit, 1, 3)
+
+    h, x, logit, grad = Case(device=device).inputs()
+    results = []
+    for call in (torch.compile(function, fullgraph=True), function):
+        leaves = [t.clone().requires_grad_() for t in (h, x, logit)]
+        out = call(leaves[0] * 1, leaves[1] * 1, leaves[2])
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_compiled_in_place_after_a_clone_leaves_the_original(device):
     """pytorch#198031: a mutating op on a clone must not reach the tensor that was cloned."""
 
@@ -418,6 +436,117 @@ def test_function_transforms_run_the_traced_form(device):
         torch.testing.assert_close(one, gp.prompt_gate(h, x, z, 1, 3))
 
 
+def test_forward_mode_and_compiled_transforms_keep_the_tangent(device):
+    h, x, logit, _ = Case(dtype=torch.float64, gate_dtype=torch.float64, device=device).inputs()
+    tangent = torch.randn_like(h)
+
+    def derivative(gate, h):
+        return torch.func.jvp(lambda h: gate(h * 1, x, logit, 1, 3), (h,), (tangent,))[1]
+
+    wanted = derivative(reference.prompt_gate, h)
+    for gate in (gp.prompt_gate, gp.prompt_gate_):
+        torch.testing.assert_close(derivative(gate, h), wanted)
+        compiled = torch.compile(lambda h, gate=gate: derivative(gate, h), backend="eager")
+        torch.testing.assert_close(compiled(h), wanted)
+        with forward_ad.dual_level():
+            out = gate(forward_ad.make_dual(h, tangent) * 1, x, logit, 1, 3)
+            torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, wanted)
+    gates = torch.linspace(-2, 2, 4, dtype=torch.float64, device=device)
+    mapped = torch.vmap(lambda z: gp.prompt_gate_(h * z.exp(), x, z, 1, 3))
+    torch.testing.assert_close(torch.compile(mapped, backend="eager")(gates), mapped(gates))
+
+
+@pytest.mark.parametrize("gate", [gp.prompt_gate, gp.prompt_gate_])
+def test_batched_incoming_gradients(device, gate):
+    leaves = [
+        t.requires_grad_()
+        for t in Case(dtype=torch.float64, gate_dtype=torch.float64, device=device).inputs()[:3]
+    ]
+    grads = torch.randn(5, *leaves[0].shape, dtype=torch.float64, device=device)
+    for rule in RULES:
+        out = gate(leaves[0] * 1, leaves[1], leaves[2], 1, 3, rule)
+        batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+        for index, grad in enumerate(grads):
+            single = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            for a, b in zip(batched, single, strict=True):
+                torch.testing.assert_close(a[index], b)
+
+
+def test_tensor_subclasses_run_the_traced_form(monkeypatch):
+    class Subclass(torch.Tensor):
+        pass
+
+    def kernels(*args):
+        raise AssertionError("a subclass may look at the ops; it must not be handed to the kernels")
+
+    monkeypatch.setattr(ops.PromptGateFunction, "apply", kernels)
+    h, x, logit, _ = Case().inputs()
+    for gate in (gp.prompt_gate, gp.prompt_gate_):
+        got = gate(h.clone().as_subclass(Subclass), x, logit, 1, 3)
+        assert type(got) is Subclass
+        torch.testing.assert_close(
+            got.as_subclass(torch.Tensor), reference.prompt_gate(h, x, logit, 1, 3)
+        )
+
+
+def test_float16_differences_beyond_its_range_keep_the_gate_gradient(device):
+    h = torch.full((1, 1, 2), 4e4, dtype=torch.float16, device=device)
+    logit = torch.tensor(5.0, device=device, requires_grad=True)
+    grad = torch.tensor([[[1e-3, 0.0]]], dtype=torch.float16, device=device)
+    out = gp.prompt_gate(h, -h, logit, 0, 1)
+    (got,) = torch.autograd.grad(out, logit, grad)
+    exact = logit.detach().double().requires_grad_()
+    wanted = reference.prompt_gate(h.double(), -h.double(), exact, 0, 1)
+    (wanted,) = torch.autograd.grad(wanted, exact, grad.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=0)
+
+
+def test_bfloat16_block_in_is_not_squeezed_into_float16(device):
+    h = torch.zeros(1, 1, 4, dtype=torch.float16, device=device)
+    x = torch.full((1, 1, 4), 2.0**17, dtype=torch.bfloat16, device=device)
+    assert (gp.prompt_gate(h, x, torch.tensor(2.0, device=device), 0, 1) < 2.0**14).all()
+
+
+def test_nothing_is_saved_for_evaluation(device, monkeypatch):
+    sizes = []
+    fwd = torch.ops.gated_prompt.prompt_gate_fwd_
+
+    def spy(*args):
+        saved = fwd(*args)
+        sizes.append(saved.numel())
+        return saved
+
+    monkeypatch.setattr(torch.ops.gated_prompt, "prompt_gate_fwd_", spy)
+    h, x, logit, _ = Case(device=device).inputs()
+    logit.requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            gp.prompt_gate_(h.clone(), x, logit, 1, 3)
+    assert sizes == [0, 0]
+
+
+def test_gate_changed_before_backward_raises(device):
+    h, x, logit, grad = Case(device=device).inputs()
+    logit.requires_grad_()
+    out = gp.prompt_gate(h, x, logit, 1, 3)
+    with torch.no_grad():
+        logit.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(grad)
+
+
+def test_positions_beyond_2_31_elements():
+    """By strides alone: of 8.6 GB of address space a few pages are touched."""
+    far = 2**31 + 64
+    block_out = torch.empty(far + 64, dtype=torch.bfloat16).as_strided((2, 4, 8), (far, 8, 1))
+    block_in = torch.empty(far + 64, dtype=torch.bfloat16).as_strided((2, 4, 8), (far, 8, 1))
+    h, x = torch.randn(2, 2, 4, 8).bfloat16()
+    block_out.copy_(h)
+    block_in.copy_(x)
+    gp.prompt_gate_(block_out, block_in, torch.tensor(0.3), 1, 2)
+    assert torch.equal(block_out, gp.prompt_gate(h, x, torch.tensor(0.3), 1, 2))
+
+
 def test_meta_tensors_give_the_shape():
     h, x, logit, grad = Case(dtype=torch.bfloat16, device="meta").inputs()
     leaves = [t.requires_grad_() for t in (h, x, logit)]
@@ -443,6 +572,13 @@ def test_opcheck_of_the_raw_ops(device, dtype):
             torch.ops.gated_prompt.prompt_gate_bwd_.default,
             (grad.clone(), saved, logit, 1, 3, True, *needs, dtype),
         )
+    if dtype != torch.float64:
+        other = torch.float32 if dtype != torch.float32 else torch.bfloat16
+        torch.library.opcheck(
+            torch.ops.gated_prompt.prompt_gate_bwd_.default,
+            (grad.clone(), saved, logit, 1, 3, True, True, True, True, other),
+        )
+    torch.library.opcheck(torch.ops.gated_prompt.copy_rows.default, (rows,))
 
 
 def test_autocast_does_not_change_the_result(device):
@@ -501,6 +637,38 @@ def test_side_stream_follows_its_own_order():
         got = gp.prompt_gate_(2 * h, x, logit, 1, 50)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "dim", "length"),
+    [
+        (5000, 5, 64, 3),
+        (3, 4100, 4096, 4000),
+        (2100, 3, 7, 2),
+    ],  # samples, then packs, beyond the grid
+)
+def test_backward_on_cuda_beyond_its_grid(batch, num_tokens, dim, length):
+    """More samples, or more packs of a sample, than the blocks that may hold a partial sum."""
+    check_against_reference(Case(batch, num_tokens, dim, 1, length, device="cuda", inplace=True))
+
+
+@pytest.mark.cuda
+def test_backward_on_two_streams_at_once():
+    cases = [Case(64, 60, 768, 1, 50, logit=z, device="cuda") for z in (-1.0, 1.0)]
+    wanted = [run_op(case).grads for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        got = []
+        for case, stream in zip(cases, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                leaves = [t.requires_grad_() for t in case.inputs()[:3]]
+                out = gp.prompt_gate(*leaves, 1, 50)
+                got.append(torch.autograd.grad(out, leaves, case.inputs()[3]))
+        torch.cuda.synchronize()
+        for a, b in zip(got, wanted, strict=True):
+            assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
 @pytest.mark.cuda

@@ -144,9 +144,11 @@ void test_update() {
     const double dz = (out(h, x, z + step) - out(h, x, z - step)) / (2 * step);
     CHECK(std::fabs(dh - gate.value) < 1e-9, "mix=%d", mix);
     CHECK(std::fabs(dx - input_weight(gate, mix)) < 1e-9, "mix=%d", mix);
-    CHECK(std::fabs(dz - gate.slope * gate_derivative(mix, h, x)) < 1e-9, "mix=%d", mix);
+    CHECK(std::fabs(dz - logit_gradient(gate, half_derivative(mix, h, x))) < 1e-9, "mix=%d", mix);
   }
   const double inf = INFINITY;
+  const float large = 3e38f;
+  CHECK(half_derivative(true, large, -large) == large, "the halved difference does not overflow");
   CHECK(update(0.25, inf, 0.75, inf) == inf, "inf mixed with inf is inf");
 }
 
@@ -230,6 +232,18 @@ void for_each_element(Shape s, F&& f) {
   }
 }
 
+// Nothing but the elements of the shape differs from `before`.
+template <class T>
+void check_untouched(Shape s, const Buffer<T>& after, const Buffer<T>& before, const char* name) {
+  std::vector<bool> inside(after.data.size());
+  for_each_element(
+      s, [&](int64_t b, int64_t r, int64_t d) { inside[after.position(b, r, d)] = true; });
+  for (size_t i = 0; i < after.data.size(); ++i) {
+    CHECK(inside[i] || std::memcmp(&after.data[i], &before.data[i], sizeof(T)) == 0,
+          "%s: element %zu was written", name, i);
+  }
+}
+
 template <class H, class X>
 PromptGateParams make_params(Shape s, bool mix, const float& logit) {
   PromptGateParams p{};
@@ -247,27 +261,24 @@ void check_forward() {
   for (const Case& c : cases()) {
     for (const bool mix : {true, false}) {
       Buffer<H> h(c.shape, c.out, 1), before = h;
-      Buffer<X> x(c.shape, c.in, 2);
+      Buffer<X> x(c.shape, c.in, 2), x_before = x;
       const int64_t row = c.shape.dim;
-      Buffer<H> saved(c.shape, {c.shape.length * row, row, 1, 0}, 3);
+      Buffer<H> saved(c.shape, {c.shape.length * row, row, 1, 0}, 3), saved_before = saved;
       PromptGateParams p = make_params<H, X>(c.shape, mix, logit);
       p.out = h.rows(dtype_of<H>()), p.in = x.rows(dtype_of<X>()),
       p.saved = saved.rows(dtype_of<H>());
       prompt_gate_fwd_cpu(p, 0, num_chunks(p));
-      std::vector<bool> touched(h.data.size());
       for_each_element(c.shape, [&](int64_t b, int64_t r, int64_t d) {
         const double h_i = before.at(b, r, d), x_i = x.at(b, r, d);
-        const double wanted = g * h_i + (mix ? 1 - g : 1) * x_i, difference = mix ? h_i - x_i : h_i;
+        const double wanted = g * h_i + (mix ? 1 - g : 1) * x_i, half = (mix ? h_i - x_i : h_i) / 2;
         const double scale = std::fabs(h_i) + std::fabs(x_i);
         CHECK(std::fabs(h.at(b, r, d) - wanted) <= bound * scale, "[%d,%d,%d]", int(b), int(r),
               int(d));
-        CHECK(std::fabs(saved.at(b, r, d) - difference) <= bound * scale, "saved");
-        touched[h.position(b, r, d)] = true;
+        CHECK(std::fabs(saved.at(b, r, d) - half) <= bound * scale, "saved");
       });
-      for (size_t i = 0; i < h.data.size(); ++i) {
-        CHECK(touched[i] || std::memcmp(&h.data[i], &before.data[i], sizeof(H)) == 0, "element %zu",
-              i);
-      }
+      check_untouched(c.shape, h, before, "h");
+      check_untouched(c.shape, x, x_before, "x");
+      check_untouched(c.shape, saved, saved_before, "saved");
     }
   }
 }
@@ -282,7 +293,7 @@ void check_backward() {
       const int64_t row = c.shape.dim;
       const Layout compact{c.shape.length * row, row, 1, 0};
       Buffer<H> grad(c.shape, c.out, 4), before = grad, saved(c.shape, compact, 5);
-      Buffer<X> grad_in(c.shape, compact, 6);
+      Buffer<X> grad_in(c.shape, compact, 6), grad_in_before = grad_in;
       float grad_logit = NAN;
       PromptGateParams p = make_params<H, X>(c.shape, mix, logit);
       p.out = grad.rows(dtype_of<H>()), p.in = grad_in.rows(dtype_of<X>());
@@ -298,9 +309,11 @@ void check_backward() {
         CHECK(std::fabs(grad_in.at(b, r, d) - (mix ? 1 - g : 1) * t) <= bound * std::fabs(t),
               "grad of x");
       });
-      CHECK(std::fabs(static_cast<double>(grad_logit) - g * (1 - g) * sum) <=
+      CHECK(std::fabs(static_cast<double>(grad_logit) - 2 * g * (1 - g) * sum) <=
                 8 * epsilon<float>() * magnitude,
-            "grad of logit %g, not %g", double(grad_logit), g * (1 - g) * sum);
+            "grad of logit %g, not %g", double(grad_logit), 2 * g * (1 - g) * sum);
+      check_untouched(c.shape, grad, before, "grad");
+      check_untouched(c.shape, grad_in, grad_in_before, "grad of x");
     }
   }
 }
@@ -356,112 +369,116 @@ void test_chunks() {
 
 // ---- CUDA launch shape and index map ----
 
-// The grid of a plan reaches every element of every sample once, in packs that are aligned.
+struct View {
+  Layout layout;
+  uintptr_t address;
+};
+
+Rows rows_of(const View& view, DType dtype) {
+  return {reinterpret_cast<void*>(view.address), view.layout.batch, view.layout.row,
+          view.layout.channel, dtype};
+}
+
+// Every pack of every sample is visited once, lies at the elements it stands for in each tensor,
+// and is aligned there.
+void check_plan(const PromptGateParams& p, int wanted_vector) {
+  const bool backward = p.grad_logit != nullptr;
+  const LaunchPlan plan = plan_launch(p, backward);
+  CHECK(plan.vector == wanted_vector, "D=%d: vector %d, not %d", int(p.dim), plan.vector,
+        wanted_vector);
+  CHECK(plan.grid_x >= 1 && plan.grid_x <= kMaxGridX, "grid_x %d", int(plan.grid_x));
+  CHECK(plan.grid_y >= 1 && plan.grid_y <= kMaxGridY, "grid_y %d", int(plan.grid_y));
+  CHECK(!backward || plan.grid_x * plan.grid_y <= kMaxPartials, "too many partials");
+  const int64_t packs = plan.rows * plan.packs_per_row, tile = int64_t{kThreads} * kPacksInFlight;
+  CHECK(packs * plan.vector == p.length * p.dim, "packs tile the sample");
+  std::vector<int> visits(static_cast<size_t>(packs));  // the loop of the kernels
+  for (int64_t thread = 0; thread < plan.grid_x * kThreads; ++thread) {
+    for (int64_t first = thread / kThreads * tile + thread % kThreads; first < packs;
+         first += plan.grid_x * tile) {
+      for (int k = 0; k < kPacksInFlight; ++k) {
+        const int64_t index = first + k * kThreads;
+        if (index < packs) ++visits[static_cast<size_t>(index)];
+      }
+    }
+  }
+  for (const int count : visits) CHECK(count == 1, "a pack is visited %d times", count);
+  for (const Rows& rows : {p.out, p.in, p.saved}) {
+    const int64_t size = item_size(rows.dtype);
+    const int64_t bytes = plan.vector * size < 16 ? plan.vector * size : 16;
+    for (int64_t index = 0; index < packs; index += packs > 100000 ? 997 : 1) {
+      const int64_t element = index * plan.vector;
+      const int64_t wanted =
+          element / p.dim * rows.row_stride + element % p.dim * rows.channel_stride;
+      const int64_t offset = pack_offset(plan, rows, index);
+      CHECK(offset == wanted, "pack %d at %d, not %d", int(index), int(offset), int(wanted));
+      for (int64_t b = 0; b < p.batch && b < 3; ++b) {
+        const auto address = reinterpret_cast<uintptr_t>(rows.data) +
+                             static_cast<uintptr_t>((b * rows.batch_stride + offset) * size);
+        CHECK(plan.vector == 1 || address % static_cast<uintptr_t>(bytes) == 0, "misaligned pack");
+      }
+    }
+  }
+}
+
 void test_plan() {
   struct PlanCase {
     Shape shape;
-    Layout out;
-    uintptr_t address;
+    View odd;  // of one tensor; the others are plain
     DType dtype;
     int vector;  // wanted
   };
-  const auto sequence = [](int64_t n, int64_t d) { return Layout{n * d, d, 1, 0}; };
+  const auto at256 = [](Layout layout) { return View{layout, 256}; };
+  const DType half = DType::kBFloat16, single = DType::kFloat32;
   const std::vector<PlanCase> plan_cases = {
-      {{64, 50, 768}, sequence(247, 768), 256, DType::kBFloat16, 8},
-      {{64, 50, 768}, sequence(247, 768), 256, DType::kFloat32, 4},
-      {{64, 50, 768}, sequence(247, 768), 256, DType::kFloat64, 2},
-      {{2, 10, 12},
-       sequence(20, 12),
-       256 + 24,
-       DType::kBFloat16,
-       2},  // rows begin at multiples of 24 bytes
-      {{2, 10, 12},
-       sequence(20, 12),
-       256,
-       DType::kBFloat16,
-       8},  // one run of 120, samples 480 bytes apart
-      {{2, 3, 7}, sequence(9, 7), 256, DType::kBFloat16, 1},         // 21 elements
-      {{2, 4, 7}, sequence(8, 7), 256 + 2, DType::kBFloat16, 1},     // odd pointer
-      {{3, 5, 768}, {9 * 771, 771, 1, 0}, 256, DType::kFloat32, 1},  // rows padded by 3
-      {{3, 5, 768}, {9 * 776, 776, 1, 0}, 256, DType::kFloat32, 4},  // rows padded by 8
-      {{3, 5, 16}, {5 * 16, 1, 5, 0}, 256, DType::kFloat32, 1},      // transposed
-      {{70000, 1, 8}, sequence(1, 8), 256, DType::kFloat32, 4},      // more samples than gridDim.y
-      {{1, 4000, 4096},
-       sequence(4000, 4096),
-       256,
-       DType::kFloat32,
-       4},  // more packs than blocks may reduce
+      {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), half, 8},
+      {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), single, 4},
+      {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), DType::kFloat64, 2},
+      {{2, 10, 12}, {{240, 12, 1, 0}, 256 + 24}, half, 2},  // the first row 24 bytes in
+      {{2, 10, 12}, at256({240, 12, 1, 0}), half, 8},       // one run of 120 elements
+      {{2, 10, 12}, at256({242, 12, 1, 0}), half, 2},       // only the samples are misaligned
+      {{2, 10, 12}, at256({241, 12, 1, 0}), half, 1},
+      {{2, 3, 7}, at256({63, 7, 1, 0}), half, 1},            // a run of 21 elements
+      {{2, 4, 7}, {{56, 7, 1, 0}, 256 + 2}, half, 1},        // an odd pointer
+      {{3, 5, 768}, at256({6939, 771, 1, 0}), single, 1},    // rows padded by 3
+      {{3, 5, 768}, at256({6984, 776, 1, 0}), single, 4},    // rows padded by 8
+      {{3, 5, 16}, at256({80, 1, 5, 0}), single, 1},         // transposed
+      {{70000, 1, 8}, at256({8, 8, 1, 0}), single, 4},       // more samples than gridDim.y
+      {{1, 4000, 4096}, at256({0, 4096, 1, 0}), single, 4},  // more packs than blocks may reduce
   };
   for (const PlanCase& c : plan_cases) {
-    for (const bool backward : {false, true}) {
-      PromptGateParams p{};
-      p.batch = c.shape.batch, p.length = c.shape.length, p.dim = c.shape.dim;
-      p.out = {reinterpret_cast<void*>(c.address), c.out.batch, c.out.row, c.out.channel, c.dtype};
-      p.in = {reinterpret_cast<void*>(uintptr_t{512}), c.shape.length * c.shape.dim, c.shape.dim, 1,
-              c.dtype};
-      p.saved = p.in;
-      float grad_logit = 0;
-      if (backward) p.grad_logit = &grad_logit;
-      const LaunchPlan plan = plan_launch(p, backward);
-      CHECK(plan.vector == c.vector, "dim %d: vector %d, not %d", int(c.shape.dim), plan.vector,
-            c.vector);
-      CHECK(plan.grid_x >= 1 && plan.grid_x <= kMaxGridX && plan.grid_y >= 1 &&
-                plan.grid_y <= kMaxGridY,
-            "grid");
-      if (backward)
-        CHECK(plan.grid_x * plan.grid_y <= kMaxPartials, "%d partials",
-              int(plan.grid_x * plan.grid_y));
-      // the loop of the kernel over the packs of one sample
-      const int64_t packs = plan.rows * plan.packs_per_row;
-      std::vector<int> visits(static_cast<size_t>(packs));
-      const int64_t tile = int64_t{kThreads} * kPacksInFlight;
-      for (int64_t block = 0; block < plan.grid_x; ++block) {
-        for (int64_t thread = 0; thread < kThreads; ++thread) {
-          for (int64_t first = block * tile + thread; first < packs; first += plan.grid_x * tile) {
-            for (int k = 0; k < kPacksInFlight; ++k) {
-              const int64_t index = first + k * kThreads;
-              if (index < packs) ++visits[static_cast<size_t>(index)];
-            }
-          }
-        }
-      }
-      for (const int count : visits) CHECK(count == 1, "a pack is visited %d times", count);
-      CHECK(packs * plan.vector == c.shape.length * c.shape.dim, "packs tile the sample");
-      // each pack maps to the elements of its rows, at an aligned address
-      const int64_t bytes =
-          plan.vector * item_size(c.dtype) < 16 ? plan.vector * item_size(c.dtype) : 16;
-      for (int64_t index = 0; index < packs; index += packs > 100000 ? 997 : 1) {
-        const int64_t element = index * plan.vector, r = element / c.shape.dim,
-                      d = element % c.shape.dim;
-        const int64_t offset = pack_offset(plan, p.out, index);
-        CHECK(offset == r * c.out.row + d * c.out.channel, "pack %d at %d", int(index),
-              int(offset));
-        CHECK(
-            plan.vector == 1 || (c.address + static_cast<uintptr_t>(offset * item_size(c.dtype))) %
-                                        static_cast<uintptr_t>(bytes) ==
-                                    0,
-            "pack %d is misaligned", int(index));
+    const View plain{{c.shape.length * c.shape.dim, c.shape.dim, 1, 0}, 512};
+    for (int which = 0; which < 2; ++which) {  // out and in; saved is always plain
+      for (const bool backward : {false, true}) {
+        float grad_logit = 0;
+        PromptGateParams p{};
+        p.batch = c.shape.batch, p.length = c.shape.length, p.dim = c.shape.dim;
+        p.out = rows_of(which == 0 ? c.odd : plain, c.dtype);
+        p.in = rows_of(which == 1 ? c.odd : plain, c.dtype);
+        p.saved = rows_of(plain, c.dtype);
+        if (backward) p.grad_logit = &grad_logit;
+        check_plan(p, c.vector);
       }
     }
   }
-  // the pack size is one that the kernels of both dtypes have, also where the gradient of x is not
+  // the pack is one that the kernels of both dtypes have, also where the gradient of x is not
   // wanted
-  for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
-    for (const DType in : {DType::kFloat32, DType::kBFloat16}) {
+  for (const DType out : {single, half}) {
+    for (const DType in : {single, half}) {
       PromptGateParams p{};
       p.batch = 2, p.length = 4, p.dim = 64;
-      p.out = {reinterpret_cast<void*>(uintptr_t{256}), 640, 64, 1, out};
+      p.out = rows_of(at256({640, 64, 1, 0}), out);
       p.in.dtype = in, p.rescale = true;
-      const int wanted = out == DType::kFloat32 && in == DType::kFloat32 ? 4 : 8;
-      CHECK(plan_launch(p, true).vector == wanted, "vector %d", plan_launch(p, true).vector);
+      CHECK(plan_launch(p, true).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
     }
   }
-  // 64-bit positions: a row stride that carries past 2^31 and 2^32 elements
-  PromptGateParams p{};
-  p.batch = 1, p.length = 4, p.dim = 8;
-  p.out = {reinterpret_cast<void*>(uintptr_t{256}), 0, int64_t{1} << 31, 1, DType::kBFloat16};
-  const LaunchPlan plan = plan_launch(p, false);
-  CHECK(pack_offset(plan, p.out, 3) == 3 * (int64_t{1} << 31), "64-bit offset");
+  // positions beyond 2^31 and 2^32 elements: by the stride, by the run, by a row
+  const int64_t big = (int64_t{1} << 33) + 8;
+  const Rows wide = rows_of(at256({0, big, 1, 0}), half), run = rows_of(at256({0, 8, 1, 0}), half);
+  CHECK(pack_offset({1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
+  CHECK(pack_offset({1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8, "one run");
+  CHECK(pack_offset({1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half), big + 5) ==
+            9 * big + 40,
+        "64-bit division");
 }
 
 }  // namespace
