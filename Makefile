@@ -14,6 +14,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 GPU_ARCHITECTURES = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';' -)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 
+# In continuous integration a warning is an error; with a user's compiler it is not.
+export GATED_PROMPT_WERROR ?= $(CI)
+
 .PHONY: demo test gpu bench resources lint format clean build
 .DELETE_ON_ERROR:
 
@@ -30,14 +33,15 @@ $(CHOSEN): pyproject.toml
 
 # In place, so that tests and demo run the source tree and a second build compiles what changed.
 build: $(CHOSEN)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(PIP) --no-build-isolation --no-deps --editable .
 
 demo: build
-	$(BIN)/python -m gated_prompt demo
+	$(BIN)/gated-prompt demo
 
 test: build
 	$(BIN)/python -m pytest tests
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_COMPILE_WARNING_AS_ERROR=$(if $(CI),ON,OFF)
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 

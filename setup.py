@@ -6,15 +6,20 @@ Environment: TORCH_CUDA_ARCH_LIST ("9.0" or "8.0;9.0+PTX"), MAX_JOBS, CUDA_HOME,
 GATED_PROMPT_CPU_ONLY=1, FORCE_CUDA=1 (no CUDA is then an error). docs/building.md says more.
 """
 
+import glob
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
 import gated_prompt_build as backend
+
+# What pip's isolation installs, for those who build without it.
+BUILD_TOOLS = "pip install 'setuptools>=77,<82' wheel packaging ninja 'pybind11>=3.0'"
 
 # Turing to Blackwell; nvcc is asked which of them it knows. The last one also goes in as PTX.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -52,9 +57,22 @@ def architecture_list(cuda_home: str) -> str:
 
 def extensions():
     plan = backend.plan()
-    import pybind11
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise SystemExit(f"gated_prompt: building needs pybind11 ({BUILD_TOOLS})") from None
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    class Build(BuildExtension):
+        """Keeps object files between editable installs too, so that ninja compiles what changed."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = f"build/temp-{sys.implementation.cache_tag}"
+
+    # setuptools packs all that lies there, such as the CUDA module of an earlier build
+    for folder in glob.glob("build/lib*"):
+        shutil.rmtree(folder)
     # pybind11's own headers first: torch's copy refuses to be used beside the stable ABI
     include = [pybind11.get_include(), os.path.abspath("csrc")]
     common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY"]
@@ -74,6 +92,7 @@ def extensions():
     if plan.cuda_home is not None:
         architectures = architecture_list(plan.cuda_home)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        threads = os.environ.get("MAX_JOBS") or 0  # 0: one per core
         facts = [
             f"-DGP_NVCC={backend.toolkit_version(plan.cuda_home)}",
             f"-DGP_ARCHITECTURES={architectures.replace(';', ',').replace(' ', ',')}",
@@ -84,7 +103,7 @@ def extensions():
             include_dirs=include,
             extra_compile_args={
                 "cxx": [*cxx, *facts, "-DUSE_CUDA"],
-                "nvcc": ["-O3", "-fmad=false", "-lineinfo", "--threads=0"],
+                "nvcc": ["-O3", "-fmad=false", "-lineinfo", f"--threads={threads}"],
             },
             extra_link_args=LINK,
         )
@@ -94,7 +113,7 @@ def extensions():
         backend.log(f"building CPU and CUDA ({architectures}) kernels: {plan.reason}")
     else:
         backend.log(f"building CPU kernels only: {plan.reason}")
-    return {"ext_modules": built, "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": built, "cmdclass": {"build_ext": Build}}
 
 
 def is_building() -> bool:
@@ -102,5 +121,9 @@ def is_building() -> bool:
     return not {"egg_info", "sdist", "dist_info", "clean"} & set(sys.argv[1:])
 
 
+if backend.release(setuptools.__version__) < (77,):
+    raise SystemExit(
+        f"gated_prompt: building needs setuptools>=77, not {setuptools.__version__} ({BUILD_TOOLS})"
+    )
 os.chdir(Path(__file__).resolve().parent)
-setup(**(extensions() if is_building() else {}))
+setuptools.setup(**(extensions() if is_building() else {}))

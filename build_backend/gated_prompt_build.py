@@ -90,7 +90,8 @@ def find_torch() -> Torch | None:
         if version is None:
             continue
         if release(version[1]) < MIN_TORCH:
-            log(f"torch {version[1]} in {folder} is older than {MIN_TORCH}: passed over")
+            minimum = ".".join(map(str, MIN_TORCH))
+            log(f"torch {version[1]} in {folder} is older than {minimum}: passed over")
             continue
         return Torch(folder, version[1], cuda[1] if cuda else None)
     return None
@@ -135,6 +136,8 @@ def find_toolkit(cuda: str) -> str | None:
         roots.append(os.path.join(folder, "nvidia", f"cu{major}"))
     for root in filter(None, roots):
         if not is_toolkit(root):
+            if root == os.environ.get("CUDA_HOME"):
+                log(f"CUDA_HOME={root} is not a whole CUDA toolkit: passed over")
             continue
         version = toolkit_version(root)
         if version is not None and release(version)[0] == major:
@@ -143,8 +146,12 @@ def find_toolkit(cuda: str) -> str | None:
     return None
 
 
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def wants_cuda(torch: Torch) -> tuple[bool, str]:
-    if os.environ.get("GATED_PROMPT_CPU_ONLY", "0") not in ("", "0"):
+    if is_set("GATED_PROMPT_CPU_ONLY"):
         return False, "GATED_PROMPT_CPU_ONLY is set"
     if torch.cuda is None:
         return False, f"torch {torch.version} is a CPU-only build"
@@ -154,7 +161,9 @@ def wants_cuda(torch: Torch) -> tuple[bool, str]:
 def extra_requirements() -> list[str]:
     torch = find_torch()
     if torch is None:
-        log("no torch found: the build environment gets its own, the install brings the same one")
+        # nvcc can't be asked for as well: its version must follow torch's, which is not chosen yet,
+        # and unpinned it makes pip's resolver go back to an older or a CPU-only torch
+        log("no torch found: the build environment gets the newest one, without nvcc")
         return [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
     log(f"found torch {torch.version} (CUDA: {torch.cuda}) in {torch.site}")
     if wants_cuda(torch)[0] and find_toolkit(torch.cuda) is None:
@@ -197,9 +206,10 @@ def plan() -> Plan:
     wanted, reason = wants_cuda(torch)
     home = find_toolkit(torch.cuda) if wanted else None
     if wanted and home is None:
-        reason += ", but no CUDA toolkit of that major version was found (set CUDA_HOME)"
-    if home is None and os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
-        raise SystemExit(f"gated_prompt: FORCE_CUDA is set, but {reason}")
+        major = release(torch.cuda)[0]
+        reason += f", but no CUDA {major} toolkit was found (set CUDA_HOME; see docs/building.md)"
+    if home is None and is_set("FORCE_CUDA"):
+        raise SystemExit(f"gated_prompt: FORCE_CUDA is set and CUDA can't be built: {reason}")
     if home is not None:
         home = with_lib64(home)
         os.environ["CUDA_HOME"] = home

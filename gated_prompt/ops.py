@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 
-BUILD_HINT = "build it with `pip install .` in the source tree (docs/building.md)"
+BUILD_HINT = "run `pip install .` in the source tree (docs/building.md)"
 
 try:
-    from gated_prompt import _C
+    import gated_prompt._C as _C
 except ImportError as error:
     raise ImportError(
         f"gated_prompt: the compiled module gated_prompt._C does not load under torch "
-        f"{torch.__version__}: {error}. To {BUILD_HINT}."
+        f"{torch.__version__}: {error}. To build it, {BUILD_HINT}."
     ) from error
 
 # None: CUDA kernels are there. Else: why not, for the error that a CUDA tensor gets.
@@ -25,7 +25,7 @@ if torch.version.cuda is None:
     cuda_unavailable_reason = f"torch {torch.__version__} is a CPU-only build"
 else:
     try:
-        from gated_prompt import _C_cuda
+        import gated_prompt._C_cuda as _C_cuda
     except ModuleNotFoundError:
         cuda_unavailable_reason = (
             "gated_prompt was built without CUDA (no CUDA toolkit then, or a CPU-only torch)"

@@ -9,6 +9,15 @@ from gated_prompt import ops
 CUDA_SKIP_REASON = "no CUDA GPU" if not torch.cuda.is_available() else ops.cuda_unavailable_reason
 
 
+def timm_or_skip():
+    """timm, or a skip of the module: torchvision does not import beside a CPU-only torch."""
+    try:
+        import timm
+    except Exception as error:
+        pytest.skip(f"timm does not import: {error}", allow_module_level=True)
+    return timm
+
+
 def pytest_collection_modifyitems(items):
     if CUDA_SKIP_REASON is not None:
         skip = pytest.mark.skip(reason=CUDA_SKIP_REASON)

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import timm_or_skip
 
-pytest.importorskip("timm", reason="the demo needs timm: the extra tune")
+timm_or_skip()
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn: the extra tune")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib: the extra tune")
 pytest.importorskip("rich", reason="the demo needs rich: the extra tune")

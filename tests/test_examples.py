@@ -5,10 +5,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+from conftest import timm_or_skip
 
 from gated_prompt import reference
 
-pytest.importorskip("timm", reason="timm is not installed")
+timm_or_skip()
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

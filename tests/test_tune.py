@@ -5,9 +5,10 @@ import copy
 
 import pytest
 import torch
+from conftest import timm_or_skip
 from torch.utils.data import TensorDataset
 
-pytest.importorskip("timm", reason="the wrapper that tune() tunes needs timm: the extra vit")
+timm_or_skip()
 
 from timm.models.vision_transformer import VisionTransformer
 

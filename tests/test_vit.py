@@ -6,13 +6,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import timm_or_skip
 from torch import nn
 
 import gated_prompt as gp
 from gated_prompt import attention
 
-timm = pytest.importorskip("timm", reason="timm is not installed")
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+timm = timm_or_skip()
+from timm.models.vision_transformer import VisionTransformer
 
 
 def small_vit(**changes):
