@@ -20,6 +20,7 @@ from gated_prompt import demo
 from gated_prompt.demo import CONTRAST, DIGIT, METHODS, DemoConfig, make_scene_sets, run_demo
 from gated_prompt.plots import plot_gates
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = DemoConfig(
     seeds=2,
     pretrain_scenes=64,
@@ -28,15 +29,6 @@ TINY = DemoConfig(
     test_scenes=50,
     epochs=1,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Batches as small as these are many times slower on two threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def without_times(results):

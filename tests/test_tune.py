@@ -22,16 +22,8 @@ from gated_prompt.tune import (
     warmup_cosine,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = TuneConfig(epochs=6, batch_size=16, lr=0.02, warmup_epochs=1, seed=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Batches as small as these are many times slower on two threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
