@@ -79,7 +79,8 @@ def extensions():
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]  # torch's headers have unused ones
     if os.environ.get("GATED_PROMPT_WERROR"):
         warnings.append("-Werror")
-    cxx = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", *warnings, *HARDENING, *common]
+    here = f"-fmacro-prefix-map={os.getcwd()}/="  # messages name csrc/..., wherever it was built
+    cxx = ["-O3", here, "-ffp-contract=off", "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",
         ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp"],

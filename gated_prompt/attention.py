@@ -15,7 +15,8 @@ TEMPERATURE_RANGE = (0.01, 10.0)
 
 def clamp_straight_through(temperature: Tensor) -> Tensor:
     """temperature within [0.01, 10]; its gradient passes as if there were no clamp."""
-    return temperature + (temperature.clamp(*TEMPERATURE_RANGE) - temperature).detach()
+    # not t + (clamp(t) - t), which cancels: -1 in bfloat16 would become 0.0078
+    return temperature.clamp(*TEMPERATURE_RANGE).detach() + (temperature - temperature.detach())
 
 
 def tempered_attention(
@@ -44,9 +45,9 @@ def tempered_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"tempered_attention: backend must be one of {BACKENDS}, got {backend!r}")
-    if isinstance(temperature, Tensor):
-        temperature = clamp_straight_through(temperature)
-    q = q / temperature
+    low, high = TEMPERATURE_RANGE
+    is_tensor = isinstance(temperature, Tensor)
+    q = q / (clamp_straight_through(temperature) if is_tensor else min(max(temperature, low), high))
     if backend == "xformers":
         reason = "q is on the CPU" if q.device.type != "cuda" else unavailable_reason("xformers")
         if reason is not None:

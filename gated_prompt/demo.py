@@ -332,7 +332,7 @@ def tune_once(
 
 
 def clamp_warnings(reports: list[dict]) -> list[str]:
-    """A line for each temperature at the end of its range, where it has stopped learning."""
+    """A line for each temperature at the end of its range, beyond which it has no effect."""
     low, high = TEMPERATURE_RANGE
     return [
         f"run {run}: the temperature of block {block} sits at its clamp, {value:g}"

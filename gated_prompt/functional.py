@@ -46,9 +46,9 @@ def prompt_gate(
         rule: "mix" (the paper's convex update) or "residual".
 
     Returns:
-        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in and gate_logit; second
-        derivatives raise (use `gated_prompt.reference.prompt_gate`). The gradient of gate_logit is
-        summed in a fixed order: results are the same bits from run to run.
+        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in and gate_logit.
+        Second derivatives raise where the kernels ran (use `gated_prompt.reference.prompt_gate`).
+        The gradient of gate_logit is summed in a fixed order: the same bits from run to run.
 
     Raises:
         TypeError: an argument is not a tensor (or int), or its dtype is not one of the four.

@@ -86,9 +86,9 @@ class PromptGateFunction(torch.autograd.Function):
     """The gate on rows [start, start + length) of block_out [B, N, D], in place.
 
     block_in [B, P, D] holds the prompt rows alone; gate_logit is []. Between forward and backward
-    one [B, P, D] tensor lives, h - x (mix) or h (residual), and only if gate_logit needs a
-    gradient. It is
-    not rebuilt from the result: with g = 4.5e-5 that division loses every digit of bfloat16.
+    one [B, P, D] tensor lives, (h - x) / 2 (mix) or h / 2 (residual), and only if `save`, that is
+    if the gate needs a gradient. It is not rebuilt from the result: with g = 4.5e-5 that division
+    loses every digit of bfloat16.
     """
 
     @staticmethod

@@ -52,7 +52,7 @@ class TuneConfig:
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"TuneConfig: warmup_epochs must be in [0, epochs = {self.epochs}), "
-                f"got {self.warmup_epochs}"
+                f"got {self.warmup_epochs}; set it with epochs"
             )
 
 

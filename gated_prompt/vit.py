@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import math
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gated_prompt.attention import BACKENDS, TEMPERATURE_RANGE, TemperedAttention
 from gated_prompt.modules import PromptGate
 
 METHODS = ("linear", "vpt-shallow", "gpt")
+_MARK = "_is_wrapped_by_gated_prompt"  # on the timm model, while it is
 POOLS = ("cls", "patch", "prompt", "prompt+patch")
 
 
@@ -68,15 +71,26 @@ def wrap(
     Source: Yoo et al., ICML 2023, arXiv 2306.05067, sections 3.2 and 3.3; head and prompt
     initialisation as in Jia et al., ECCV 2022 (VPT).
     """
-    from timm.models.vision_transformer import VisionTransformer
-
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"wrap: {error}; pip install 'gated-prompt[vit]'") from error
+    if isinstance(vit, GatedPromptViT):
+        raise TypeError(
+            "wrap: vit must be a timm VisionTransformer, got a model that is wrapped already"
+        )
     if not isinstance(vit, VisionTransformer):
         raise TypeError(
             "wrap: vit must be a timm.models.vision_transformer.VisionTransformer, "
             f"got {type(vit).__module__}.{type(vit).__name__}"
         )
-    if any(isinstance(block.attn, TemperedAttention) for block in vit.blocks):
+    if getattr(vit, _MARK, False):
         raise RuntimeError("wrap: vit is wrapped already; call unwrap on its wrapper first")
+    for name, value in (("num_prompts", num_prompts), ("gated_blocks", gated_blocks)):
+        if isinstance(value, bool) or not isinstance(value, (int, NoneType)):
+            raise TypeError(f"wrap: {name} must be an int, got {type(value).__name__}")
+    if not isinstance(temperature, (bool, int, float)):
+        raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")
     for name, value, allowed in (
         ("method", method, METHODS),
         ("prompt_position", prompt_position, ("start", "end")),
@@ -110,7 +124,7 @@ def wrap(
     # what raises up to and including these two leaves vit as it was
     gates = [PromptGate(gate, rule, init=gate_init) for _ in range(gated_blocks)]
     replacements = [
-        TemperedAttention(block.attn, start, temperature is True, attention)
+        TemperedAttention(getattr(block, "attn", None), start, temperature is True, attention)
         for block in (vit.blocks if temperature is not False else ())
     ]
     model = GatedPromptViT(vit, method, num_prompts, gates, prompt_position, prompt_dropout, pool)
@@ -118,14 +132,21 @@ def wrap(
         _init_prompts(model.prompts, vit, prompt_init)
     for block, replacement in zip(vit.blocks, replacements, strict=False):
         block.attn = replacement
+    setattr(vit, _MARK, True)
     return model
 
 
 def unwrap(model: GatedPromptViT) -> nn.Module:
-    """The timm model as it was before `wrap`: attention modules, requires_grad, train mode."""
+    """The timm model as it was before `wrap`: attention modules, requires_grad, train mode.
+
+    The wrapper is of no use afterwards.
+    """
+    if not isinstance(model, GatedPromptViT):
+        raise TypeError(f"unwrap: model must be what wrap returned, got {type(model).__name__}")
     vit = model.backbone
+    delattr(vit, _MARK)
     for block in vit.blocks:
-        if isinstance(block.attn, TemperedAttention):
+        if isinstance(getattr(block, "attn", None), TemperedAttention):
             block.attn = block.attn.attn
     for parameter, requires_grad in model._requires_grad_before:
         parameter.requires_grad_(requires_grad)
@@ -193,6 +214,10 @@ class GatedPromptViT(nn.Module):
         nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
         nn.init.constant_(self.head.bias, -math.log(99))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block, with its gate, in backward instead of keeping its activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
     def train(self, mode: bool = True) -> GatedPromptViT:
         """Sets the mode of prompts and head; the frozen backbone stays in eval mode."""
         super().train(mode)
@@ -200,19 +225,29 @@ class GatedPromptViT(nn.Module):
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] -> tokens [B, N, D] after the last block, before the final norm."""
+        """images [B, C, H, W] -> tokens [B, N, D] after the last block.
+
+        Before the final norm, unlike timm's: the paper's pools come between the two.
+        """
         vit = self.backbone
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         start = vit.num_prefix_tokens if self.prompt_position == "start" else x.shape[1]
         if self.prompts is not None:
             prompts = self.prompt_dropout(self.prompts.expand(len(x), -1, -1)).to(x.dtype)
             x = torch.cat([x[:, :start], prompts, x[:, start:]], dim=1)
-        for index, block in enumerate(vit.blocks):
-            out = block(x)
-            if index < len(self.gates):
-                out = self.gates[index](out, x, start, self.num_prompts)
-            x = out
+        for index in range(len(vit.blocks)):
+            if vit.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._gated_block, x, index, start, use_reentrant=False)
+            else:
+                x = self._gated_block(x, index, start)
         return x
+
+    def _gated_block(self, x: Tensor, index: int, start: int) -> Tensor:
+        """Block `index` and its gate, if it has one: [B, N, D] -> [B, N, D]."""
+        out = self.backbone.blocks[index](x)
+        if index < len(self.gates):
+            out = self.gates[index](out, x, start, self.num_prompts)
+        return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, N, D] -> logits [B, classes]; pre_logits=True: pooled, normed [B, D]."""
@@ -243,7 +278,7 @@ class GatedPromptViT(nn.Module):
     @property
     def temperatures(self) -> list[nn.Parameter]:
         """The learnable temperatures, one per block, or none."""
-        modules = (block.attn for block in self.backbone.blocks)
+        modules = (getattr(block, "attn", None) for block in self.backbone.blocks)
         found = (m.temperature for m in modules if isinstance(m, TemperedAttention))
         return [t for t in found if isinstance(t, nn.Parameter)]
 
@@ -284,10 +319,10 @@ class GatedPromptViT(nn.Module):
         """What was learned, as floats.
 
         Returns:
-            "gates": g_l of each gated block. "temperatures": tau_l of each block, clamped.
-            "selection": for rule "mix", the weight in the prompts after the last gate of the
-            initial prompts, prod_l (1 - g_l), then of each gated block, g_l * prod_{k>l} (1 - g_k);
-            they sum to 1.
+            "gates": g_l of each gated block. "temperatures": tau_l of each block where it is
+            learned, clamped. "selection": for rule "mix", the weight in the prompts after the last
+            gate of the initial prompts, prod_l (1 - g_l), then of each gated block,
+            g_l * prod_{k>l} (1 - g_k); they sum to 1.
         """
         gates = [gate.logit.double().sigmoid().item() for gate in self.gates]
         selection = []

@@ -152,6 +152,68 @@ def test_open_gates_and_temperature_one_are_vpt_shallow():
         assert (gpt(images) - vpt(images)).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_clamped_temperature_is_exact_in_every_dtype(dtype):
+    for value in (-100.0, -1.0, -0.5, 0.0, 0.01, 0.7, 10.0, 11.0, 3e4):
+        tau = torch.tensor(value, dtype=dtype, requires_grad=True)
+        clamped = attention.clamp_straight_through(tau)
+        assert clamped == tau.clamp(0.01, 10.0)
+        assert torch.autograd.grad(clamped, tau)[0] == 1
+    q, k, v = torch.randn(3, 2, 5, 2, 4)
+    tensor = gp.tempered_attention(q, k, v, torch.tensor(100.0))
+    assert torch.equal(gp.tempered_attention(q, k, v, 100.0), tensor)
+
+
+def test_gradient_checkpointing_gives_the_same_and_saves_less():
+    images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    model = randomise(gp.wrap(small_vit(), num_prompts=4, prompt_dropout=0.0))
+    results, saved = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        saved.append(0)
+
+        def count(tensor):
+            saved[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logits = model(images)
+        results.append([logits, *torch.autograd.grad(logits.sum(), list(tuned(model).values()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert saved[1] < saved[0] / 2
+
+
+def test_ddp_under_autocast_gives_every_tuned_parameter_a_gradient():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = randomise(gp.wrap(small_vit(), num_prompts=4, prompt_dropout=0.0)).float()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        images = torch.randn(2, 3, 40, 24)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = parallel(images).float().square().sum()
+        loss.backward()
+        got = [p.grad for p in tuned(model).values()]
+        wanted = torch.autograd.grad(model(images).square().sum(), list(tuned(model).values()))
+        for name, a, b in zip(tuned(model), got, wanted, strict=True):
+            assert (a - b).norm() < 0.2 * b.norm(), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("second", ["linear", "vpt-shallow", "gpt"])
+@pytest.mark.parametrize("first", ["linear", "vpt-shallow", "gpt"])
+def test_wrapping_twice_is_refused(first, second):
+    vit = small_vit()
+    model = gp.wrap(vit, first, num_prompts=2)
+    with pytest.raises(RuntimeError, match="vit is wrapped already; call unwrap"):
+        gp.wrap(vit, second, num_prompts=2)
+    gp.unwrap(model)
+    gp.wrap(vit, second, num_prompts=2)
+
+
 @pytest.mark.parametrize("value", [0.001, 50.0])
 def test_temperature_is_clamped_with_a_straight_through_gradient(value):
     q, k, v = torch.randn(3, 2, 5, 2, 4, dtype=torch.float64)
@@ -305,6 +367,9 @@ def test_default_pool_is_the_papers_or_the_backbones():
         ({"method": "vpt"}, ValueError, "method must be one of .* got 'vpt'"),
         ({"num_prompts": 0}, ValueError, "num_prompts must be at least 1 for gpt, got 0"),
         ({"num_prompts": -3}, ValueError, "num_prompts must be at least 1 for gpt, got -3"),
+        ({"num_prompts": 4.0}, TypeError, "num_prompts must be an int, got float"),
+        ({"gated_blocks": 1.5}, TypeError, "gated_blocks must be an int, got float"),
+        ({"temperature": None}, TypeError, "temperature must be a bool or a float, got None"),
         ({"gated_blocks": 4}, ValueError, r"gated_blocks must be in \[0, 3\], got 4"),
         ({"gate": "vector"}, ValueError, "gate must be one of .* got 'vector'"),
         ({"rule": "lerp"}, ValueError, "rule must be one of .* got 'lerp'"),
@@ -334,8 +399,16 @@ def test_bad_models_get_their_error():
     model = gp.wrap(vit, num_prompts=2)
     with pytest.raises(RuntimeError, match="vit is wrapped already; call unwrap"):
         gp.wrap(vit, num_prompts=2)
-    with pytest.raises(TypeError, match=r"got gated_prompt\.vit\.GatedPromptViT"):
+    with pytest.raises(TypeError, match="got a model that is wrapped already"):
         gp.wrap(model)
+    with pytest.raises(TypeError, match="model must be what wrap returned, got VisionTransformer"):
+        gp.unwrap(vit)
+    parallel = timm.create_model("vit_small_patch16_18x2_224", img_size=32, num_classes=2)
+    gp.unwrap(gp.wrap(parallel, "linear"))  # its blocks have no attention to replace
+    with pytest.raises(
+        TypeError, match=r"attn must be a timm.layers.Attention, got builtins.NoneType"
+    ):
+        gp.wrap(parallel, "gpt")
     odd = small_vit()
     odd.blocks[1].attn = nn.Identity()
     with pytest.raises(
