@@ -264,6 +264,20 @@ def test_numpy_integers_are_not_silently_taken():
         gp.prompt_gate(**{**good_arguments(), "start": np.int64(1)})
 
 
+def test_kernels_that_are_not_there_are_named_with_the_cure(monkeypatch):
+    monkeypatch.setattr(ops, "cuda_unavailable_reason", "it was built without CUDA")
+    ops.require_kernels("prompt_gate", torch.device("cpu"))
+    with pytest.raises(
+        RuntimeError, match=r"on cuda:1, but it was built without CUDA.*pip install"
+    ):
+        ops.require_kernels("prompt_gate", torch.device("cuda:1"))
+    with pytest.raises(RuntimeError, match="device type must be cpu or cuda, got xpu"):
+        ops.require_kernels("prompt_gate", torch.device("xpu"))
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="a CPU-only torch has no CUDA tensor to pass"
+)
 @pytest.mark.parametrize("function", [gp.prompt_gate, gp.prompt_gate_])
 def test_cuda_tensor_without_cuda_kernels(function, monkeypatch):
     """Row 17. A fake CUDA tensor stands for a real one; the traced path that would take it is closed."""
@@ -274,7 +288,7 @@ def test_cuda_tensor_without_cuda_kernels(function, monkeypatch):
         tensors = [torch.empty(s, device="cuda") for s in ((B, N, D), (B, N, D), ())]
     with pytest.raises(
         RuntimeError,
-        match=rf"{function.__name__}: got a tensor on cuda(:0)?, but {reason}.*pip install",
+        match=rf"{function.__name__}: got a tensor on cuda:0, but {reason}.*pip install",
     ):
         function(*tensors, START, P)
 
