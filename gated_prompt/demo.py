@@ -33,9 +33,8 @@ from gated_prompt import __version__
 from gated_prompt.attention import TEMPERATURE_RANGE
 from gated_prompt.plots import plot_gates, plot_scenes
 from gated_prompt.tune import TuneConfig, evaluate, seeded, tune, warmup_cosine
-from gated_prompt.vit import wrap
+from gated_prompt.vit import METHODS, wrap
 
-METHODS = ("linear", "vpt-shallow", "gpt")
 DIGIT, SCENE = 8, 16  # pixels a side; a scene has four cells for digits
 CONTRAST = 0.35  # of the photograph behind the digits: at 1, MAE learns the photograph alone
 

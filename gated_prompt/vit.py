@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,12 @@ def wrap(
         )
     if getattr(vit, _MARK, False):
         raise RuntimeError("wrap: vit is wrapped already; call unwrap on its wrapper first")
-    for name, value in (("num_prompts", num_prompts), ("gated_blocks", gated_blocks)):
-        if isinstance(value, bool) or not isinstance(value, (int, NoneType)):
+    counts = {
+        "num_prompts": num_prompts,
+        "gated_blocks": 0 if gated_blocks is None else gated_blocks,
+    }
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"wrap: {name} must be an int, got {type(value).__name__}")
     if not isinstance(temperature, (bool, int, float)):
         raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")

@@ -81,9 +81,8 @@ def test_vector_and_scalar_paths_give_the_same_bits(device, layout, dtype):
     )  # fmt: skip
     for a, b in zip(bits(plain)[:3], bits(other)[:3], strict=True):
         assert torch.equal(a, b)
-    if (
-        device.type == "cpu"
-    ):  # the CUDA launch, and so the order of the sum, depends on the pack size
+    # the CUDA launch, and so the order of the sum, depends on the pack size
+    if device.type == "cpu":
         assert torch.equal(plain.grads[2], other.grads[2])
 
 

@@ -401,6 +401,8 @@ def test_bad_models_get_their_error():
         gp.wrap(vit, num_prompts=2)
     with pytest.raises(TypeError, match="got a model that is wrapped already"):
         gp.wrap(model)
+    with pytest.raises(TypeError, match="num_prompts must be an int, got NoneType"):
+        gp.wrap(small_vit(), num_prompts=None)
     with pytest.raises(TypeError, match="model must be what wrap returned, got VisionTransformer"):
         gp.unwrap(vit)
     parallel = timm.create_model("vit_small_patch16_18x2_224", img_size=32, num_classes=2)
