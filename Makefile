@@ -59,7 +59,7 @@ gpu:
 resources: $(CHOSEN)
 	$(BIN)/python benchmarks/kernel_resources.py
 
-SOURCES = $(wildcard csrc/* tests/cpp/*)
+SOURCES = $(wildcard csrc/* tests/cpp/*.* tests/cpp/*/*)
 lint: $(CHOSEN)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

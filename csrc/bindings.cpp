@@ -2,37 +2,57 @@
 // gated_prompt._C: schemas of the raw ops, their CPU implementations, and what was built.
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "bindings.h"
 
 namespace gated_prompt {
 namespace {
 
-// Chunks of about 8192 elements; below some four of them a second thread costs more than it brings.
-constexpr int64_t kGrainChunks = 4;
+// Tasks of about 8192 elements; below some four of them a second thread costs more than it brings.
+template <class Run>
+void in_parallel(const PromptGateParams& p, Run run) {
+  const Tasks tasks = tasks_of(p);
+  const int64_t grain = at_least_one(4 * kTaskElements / (tasks.rows * p.dim));
+  torch::stable::parallel_for(0, tasks.count, grain, run);
+}
+
+void launch_fwd(const PromptGateParams& p) {
+  in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_fwd_cpu(p, begin, end); });
+}
+
+void launch_bwd(const PromptGateParams& p) {
+  const Tasks tasks = tasks_of(p);
+  const auto item = static_cast<size_t>(item_size(to_dtype(compute_type(p), "partial sums")));
+  const auto size = static_cast<size_t>(tasks.count * tasks.width) * item;
+  const std::unique_ptr<double[]> memory(reduces(p) ? new double[size / 8 + 1] : nullptr);
+  void* const partials = memory.get();
+  in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_bwd_cpu(p, begin, end, partials); });
+  if (reduces(p)) prompt_gate_finish_cpu(p, partials);
+}
 
 Tensor fwd_cpu(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
                int64_t length, bool mix, bool save) {
-  return prompt_gate_fwd(
-      block_out, block_in, gate_logit, start, length, mix, save, [](const PromptGateParams& p) {
-        torch::stable::parallel_for(
-            0, num_chunks(p), kGrainChunks,
-            [&](int64_t begin, int64_t end) { prompt_gate_fwd_cpu(p, begin, end); });
-      });
+  return prompt_gate_fwd(block_out, block_in, gate_logit, start, length, mix, save, launch_fwd);
 }
 
-std::tuple<Tensor, Tensor> bwd_cpu(Tensor grad_out, const Tensor& saved, const Tensor& gate_logit,
-                                   int64_t start, int64_t length, bool mix, bool need_out,
-                                   bool need_in, bool need_logit, ScalarType in_dtype) {
-  return prompt_gate_bwd(
-      grad_out, saved, gate_logit, start, length, mix, need_out, need_in, need_logit, in_dtype,
-      [](const PromptGateParams& p) {
-        std::vector<double> partials(p.grad_logit ? static_cast<size_t>(num_chunks(p)) : 0);
-        double* const sums = p.grad_logit ? partials.data() : nullptr;
-        torch::stable::parallel_for(
-            0, num_chunks(p), kGrainChunks,
-            [&](int64_t begin, int64_t end) { prompt_gate_bwd_cpu(p, begin, end, sums); });
-        if (p.grad_logit != nullptr) prompt_gate_finish_cpu(p, sums);
-      });
+std::tuple<Tensor, Tensor, Tensor> linear_token_fwd_cpu(Tensor block_out, const Tensor& block_in,
+                                                        const Tensor& weight,
+                                                        const std::optional<Tensor>& bias,
+                                                        int64_t start, int64_t length, bool mix,
+                                                        bool save_logit, bool save_derivative,
+                                                        bool save_rows) {
+  return prompt_gate_linear_token_fwd(block_out, block_in, weight, bias, start, length, mix,
+                                      save_logit, save_derivative, save_rows, launch_fwd);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd_cpu(Tensor grad_out, const Tensor& saved,
+                                           const Tensor& gate_logit,
+                                           const std::optional<Tensor>& grad_carrier, int64_t start,
+                                           int64_t length, bool mix, bool need_out, bool need_in,
+                                           bool need_logit, bool need_bias, ScalarType in_dtype) {
+  return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
+                         need_in, need_logit, need_bias, in_dtype, launch_bwd);
 }
 
 pybind11::dict build_info() {
@@ -46,7 +66,8 @@ pybind11::dict build_info() {
 // How the CUDA kernels are launched for contiguous tensors of these shapes, and the bytes they
 // move.
 pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, int64_t length,
-                                const std::string& dtype, bool backward, bool save) {
+                                const std::string& dtype, const std::string& gate, bool backward,
+                                bool save) {
   PromptGateParams p{};
   p.batch = batch;
   p.length = length;
@@ -57,21 +78,33 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
                      : dtype == "float16"
                          ? DType::kFloat16
                          : throw pybind11::value_error("launch_plan: unknown dtype " + dtype);
+  const bool linear = gate == "linear" || gate == "linear-token";
+  if (gate == "scalar" || gate == "channel" || gate == "token" || gate == "sample" ||
+      gate == "full" || linear) {
+    p.by_sample = gate == "sample" || gate == "full" || linear;
+    p.by_row = gate == "token" || gate == "full" || linear;
+    p.by_channel = gate == "channel" || gate == "full" || gate == "linear";
+  } else {
+    throw pybind11::value_error("launch_plan: unknown gate " + gate);
+  }
   void* const aligned = reinterpret_cast<void*>(uintptr_t{256});  // stands for a tensor; never read
   const Rows compact{aligned, length * dim, dim, 1, type};
   p.out = {aligned, num_tokens * dim, dim, 1, type};
   p.in = backward ? compact : p.out;
   if (save) p.saved = compact;
-  if (backward && save) p.grad_logit = aligned;
-  const LaunchPlan plan = plan_launch(p, backward);
-  const int64_t slice_bytes = batch * length * dim * item_size(type);
+  p.logit = contiguous_like_logit(p, aligned, linear ? type : DType::kFloat32);
+  if (backward && save) p.grad_logit = p.logit;
+  const LaunchPlan plan = plan_launch(p);
+  // forward: read h and x, write h and saved; backward: read G and saved, write G and the gradient
+  // of x; and the logit or its gradient, which counts where it has a value for each element
+  int64_t bytes = batch * length * dim * item_size(type) * (save ? 4 : 3);
+  int64_t logits = (p.by_sample ? batch : 1) * (p.by_row ? length : 1) * (p.by_channel ? dim : 1);
+  bytes += logits * item_size(p.logit.dtype) * (backward && save ? 2 : 1);
   pybind11::dict info;
-  info["grid"] = pybind11::make_tuple(plan.grid_x, plan.grid_y);
+  info["grid"] = pybind11::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
   info["block"] = kThreads;
   info["vector_width"] = plan.vector;
-  // forward: read h and x, write h and saved; backward: read G and saved, write G and the gradient
-  // of x
-  info["bytes_moved"] = slice_bytes * (save ? 4 : 3);
+  info["bytes_moved"] = bytes;
   return info;
 }
 
@@ -82,13 +115,19 @@ STABLE_TORCH_LIBRARY(gated_prompt, m) {
       "prompt_gate_fwd_(Tensor(a!) block_out, Tensor block_in, Tensor gate_logit, int start, "
       "int length, bool mix, bool save) -> Tensor");
   m.def(
-      "prompt_gate_bwd_(Tensor(a!) grad_out, Tensor saved, Tensor gate_logit, int start, "
-      "int length, bool mix, bool need_out, bool need_in, bool need_logit, ScalarType in_dtype) "
-      "-> (Tensor, Tensor)");
+      "prompt_gate_linear_token_fwd_(Tensor(a!) block_out, Tensor block_in, Tensor weight, "
+      "Tensor? bias, int start, int length, bool mix, bool save_logit, "
+      "bool save_derivative, bool save_rows) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prompt_gate_bwd_(Tensor(a!) grad_out, Tensor saved, Tensor gate_logit, "
+      "Tensor? grad_carrier, int start, int length, bool mix, bool need_out, bool need_in, "
+      "bool need_logit, bool need_bias, ScalarType in_dtype) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CPU, m) {
   m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cpu));
+  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cpu));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cpu));
 }
 
@@ -103,5 +142,6 @@ PYBIND11_MODULE(_C, m) {
       "CUDA launch and bytes moved for contiguous tensors: grid, block, vector_width, bytes_moved.",
       pybind11::kw_only(), pybind11::arg("batch"), pybind11::arg("num_tokens"),
       pybind11::arg("dim"), pybind11::arg("length"), pybind11::arg("dtype") = "bfloat16",
-      pybind11::arg("backward") = false, pybind11::arg("save") = true);
+      pybind11::arg("gate") = "scalar", pybind11::arg("backward") = false,
+      pybind11::arg("save") = true);
 }

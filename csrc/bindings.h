@@ -139,24 +139,21 @@ inline void check_overlap(const PromptGateParams& p, const Rows& written,
 
 // The gate is read while rows are written, so it may not lie between the first and the last of
 // them.
-inline void check_gate_apart(const PromptGateParams& p) {
+inline void check_apart(const PromptGateParams& p, const Rows& rows, const char* name) {
+  if (rows.data == nullptr) return;
   const auto low = reinterpret_cast<intptr_t>(p.out.data);
-  const auto gate = reinterpret_cast<intptr_t>(p.gate_logit);
   const auto high = low + (reach(axes_of(p, p.out), 0) + 1) * item_size(p.out.dtype);
-  STD_TORCH_CHECK(
-      gate + item_size(p.gate_dtype) <= low || high <= gate,
-      "prompt_gate: gate_logit lies among the prompt rows of block_out in memory: pass a "
-      "copy of it");
+  const auto first = reinterpret_cast<intptr_t>(rows.data);
+  const auto last = first + (reach(axes_of(p, rows), 0) + 1) * item_size(rows.dtype);
+  STD_TORCH_CHECK(last <= low || high <= first, "prompt_gate: ", name,
+                  " lies among the prompt rows of block_out in memory: pass a copy of it");
 }
 
-// Checks of block_out or its gradient [B, N, D], the slice and the gate.
-inline PromptGateParams make_params(const Tensor& sequence, const Tensor& gate_logit, int64_t start,
-                                    int64_t length, bool mix) {
+// What every op is given: block_out or its gradient [B, N, D], and the slice.
+inline PromptGateParams make_params(const Tensor& sequence, int64_t start, int64_t length,
+                                    bool mix) {
   check_dims(sequence, "block_out", 3);
-  check_dims(gate_logit, "gate_logit", 0);
-  check_device(gate_logit, "gate_logit", sequence);
   check_storage(sequence, "block_out");
-  check_storage(gate_logit, "gate_logit");
   STD_TORCH_CHECK(0 <= start && 0 <= length && start <= sequence.size(1) - length,
                   "prompt_gate: slice of ", length, " rows from ", start,
                   " is outside N=", sequence.size(1));
@@ -165,14 +162,45 @@ inline PromptGateParams make_params(const Tensor& sequence, const Tensor& gate_l
   p.length = length;
   p.dim = sequence.size(2);
   p.mix = mix;
-  p.gate_logit = gate_logit.data_ptr();
-  p.gate_dtype = to_dtype(gate_logit.scalar_type(), "gate_logit");
   p.out = make_rows(sequence, "block_out", start);
   return p;
 }
 
-inline void check_rows(const PromptGateParams& p, const Tensor& tensor, const char* name,
-                       const Tensor& sequence) {
+inline bool is_empty(const PromptGateParams& p) {
+  return p.batch * p.length * p.dim == 0;
+}
+
+// Sets p.logit and the dimensions along which it has its own size, from its shape.
+inline void set_logit(PromptGateParams& p, const Tensor& logit, const Tensor& sequence) {
+  check_device(logit, "gate_logit", sequence);
+  check_storage(logit, "gate_logit");
+  const int64_t dims = logit.dim(), wanted[3] = {p.batch, p.length, p.dim};
+  STD_TORCH_CHECK(dims <= 3, "prompt_gate: gate_logit must have at most 3 dimensions, got ", dims);
+  int64_t strides[3] = {};
+  bool own[3] = {};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t k = d + 3 - dims, size = logit.size(d);
+    STD_TORCH_CHECK(size == 1 || size == wanted[k],
+                    "prompt_gate: gate_logit must broadcast to [B, P, D], got size ", size, " for ",
+                    wanted[k]);
+    own[k] = size != 1;
+    strides[k] = own[k] ? logit.stride(d) : 0;
+  }
+  p.by_sample = own[0], p.by_row = own[1], p.by_channel = own[2];
+  p.logit = {logit.data_ptr(), strides[0], strides[1], strides[2],
+             to_dtype(logit.scalar_type(), "gate_logit")};
+}
+
+// Strides of a contiguous tensor in the shape of the logit.
+inline Rows contiguous_like_logit(const PromptGateParams& p, void* data, DType dtype) {
+  const int64_t channels = p.by_channel ? p.dim : 1, rows = p.by_row ? p.length : 1;
+  return {data, p.by_sample ? rows * channels : 0, p.by_row ? channels : 0, p.by_channel ? 1 : 0,
+          dtype};
+}
+
+// [B, P, D] beside the sequence.
+inline Rows make_full_rows(const PromptGateParams& p, const Tensor& tensor, const char* name,
+                           const Tensor& sequence) {
   check_dims(tensor, name, 3);
   check_device(tensor, name, sequence);
   check_storage(tensor, name);
@@ -180,6 +208,7 @@ inline void check_rows(const PromptGateParams& p, const Tensor& tensor, const ch
       tensor.size(0) == p.batch && tensor.size(1) == p.length && tensor.size(2) == p.dim,
       "prompt_gate: ", name, " must be [", p.batch, ", ", p.length, ", ", p.dim, "], got [",
       tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), "]");
+  return make_rows(tensor, name, 0);
 }
 
 // The kernels know float32 beside a 16-bit type, and equal dtypes.
@@ -190,58 +219,130 @@ inline void check_dtypes(DType sequence, DType block_in) {
                   "prompt_gate: these dtypes of block_out and block_in have no kernel");
 }
 
+inline ScalarType compute_type(const PromptGateParams& p) {
+  return p.out.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// A new tensor if `wanted`, else an empty one; its rows go to *rows.
+inline Tensor new_rows(const PromptGateParams& p, const Tensor& like, bool wanted, Rows* rows,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  if (!wanted) return torch::stable::new_empty(like, {0}, dtype);
+  Tensor tensor = torch::stable::new_empty(like, {p.batch, p.length, p.dim}, dtype);
+  *rows = make_rows(tensor, "result", 0);
+  return tensor;
+}
+
 // block_out [B, N, D] is updated in place; returns saved [B, P, D], or [0] unless save.
 // launch(params) runs the kernel.
 template <class Launch>
 Tensor prompt_gate_fwd(Tensor& block_out, const Tensor& block_in, const Tensor& gate_logit,
                        int64_t start, int64_t length, bool mix, bool save, Launch launch) {
-  PromptGateParams p = make_params(block_out, gate_logit, start, length, mix);
-  check_rows(p, block_in, "block_in", block_out);
-  p.in = make_rows(block_in, "block_in", 0);
+  PromptGateParams p = make_params(block_out, start, length, mix);
+  set_logit(p, gate_logit, block_out);
+  p.in = make_full_rows(p, block_in, "block_in", block_out);
   check_dtypes(p.out.dtype, p.in.dtype);
-  const bool empty = p.batch * p.length * p.dim == 0;
-  if (!empty) check_overlap(p, p.out, &p.in, "block_in");
-  if (!empty) check_gate_apart(p);
-  Tensor saved = save ? torch::stable::new_empty(block_out, {p.batch, p.length, p.dim})
-                      : torch::stable::new_empty(block_out, {0});
-  if (empty) return saved;
-  if (save) p.saved = make_rows(saved, "saved", 0);
-  launch(p);
+  if (!is_empty(p)) {
+    check_overlap(p, p.out, &p.in, "block_in");
+    check_apart(p, p.logit, "gate_logit");
+  }
+  Tensor saved = new_rows(p, block_out, save, &p.saved);
+  if (!is_empty(p)) launch(p);
   return saved;
 }
 
-// grad_out [B, N, D]: its prompt rows are rescaled in place if need_out. Returns the gradients of
-// the rows of block_in [B, P, D] and of gate_logit [], or [0] for one that is not needed.
+// The same with logit = h . weight + bias, weight [D], bias [1]. Returns logit [B, P, 1],
+// saved [B, P, D] and the rows of block_out before, [B, P, D]; or [0] for one not to be saved.
 template <class Launch>
-std::tuple<Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tensor& saved,
-                                           const Tensor& gate_logit, int64_t start, int64_t length,
-                                           bool mix, bool need_out, bool need_in, bool need_logit,
-                                           ScalarType in_dtype, Launch launch) {
-  PromptGateParams p = make_params(grad_out, gate_logit, start, length, mix);
-  check_dtypes(p.out.dtype, to_dtype(in_dtype, "block_in"));
-  const bool empty = p.batch * p.length * p.dim == 0;
+std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
+    Tensor& block_out, const Tensor& block_in, const Tensor& weight,
+    const std::optional<Tensor>& bias, int64_t start, int64_t length, bool mix, bool save_logit,
+    bool save_derivative, bool save_rows, Launch launch) {
+  PromptGateParams p = make_params(block_out, start, length, mix);
+  p.by_sample = p.by_row = true;
+  p.in = make_full_rows(p, block_in, "block_in", block_out);
+  check_dtypes(p.out.dtype, p.in.dtype);
+  const auto vector_of = [&](const Tensor& tensor, const char* name, int64_t size) {
+    check_dims(tensor, name, 1);
+    check_device(tensor, name, block_out);
+    check_storage(tensor, name);
+    STD_TORCH_CHECK(tensor.size(0) == size, "prompt_gate: ", name, " must be [", size, "], got [",
+                    tensor.size(0), "]");
+    return Rows{tensor.data_ptr(), 0, 0, tensor.stride(0), to_dtype(tensor.scalar_type(), name)};
+  };
+  p.weight = vector_of(weight, "weight", p.dim);
+  if (bias.has_value()) p.bias = vector_of(*bias, "bias", 1);
+  if (!is_empty(p)) {
+    check_overlap(p, p.out, &p.in, "block_in");
+    check_apart(p, p.weight, "weight");
+    check_apart(p, p.bias, "bias");
+  }
+  Tensor logit = save_logit
+                     ? torch::stable::new_empty(block_out, {p.batch, p.length, 1}, compute_type(p))
+                     : torch::stable::new_empty(block_out, {0}, compute_type(p));
+  p.logit = contiguous_like_logit(p, save_logit ? logit.data_ptr() : nullptr,
+                                  to_dtype(compute_type(p), "logit"));
+  Tensor saved = new_rows(p, block_out, save_derivative, &p.saved);
+  Tensor rows = new_rows(p, block_out, save_rows, &p.gathered);
+  if (!is_empty(p)) launch(p);
+  return {logit, saved, rows};
+}
+
+// grad_out [B, N, D]: its prompt rows are rescaled in place if need_out. Returns the gradients of
+// the rows of block_in [B, P, D], of gate_logit, and of a bias in it, [D] or [1] in float32
+// (float64); or [0] for one that is not needed.
+template <class Launch>
+std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tensor& saved,
+                                                   const Tensor& gate_logit,
+                                                   const std::optional<Tensor>& grad_carrier,
+                                                   int64_t start, int64_t length, bool mix,
+                                                   bool need_out, bool need_in, bool need_logit,
+                                                   bool need_bias, ScalarType in_dtype,
+                                                   Launch launch) {
+  PromptGateParams p = make_params(grad_out, start, length, mix);
+  set_logit(p, gate_logit, grad_out);
+  const DType in = to_dtype(in_dtype, "block_in");
+  check_dtypes(p.out.dtype, in);
   p.rescale = need_out;
+  p.in.dtype = in;
+  if (need_bias) {  // the logit has an element for each row, also where that is one row
+    STD_TORCH_CHECK(
+        gate_logit.dim() == 3 && gate_logit.size(0) == p.batch && gate_logit.size(1) == p.length,
+        "prompt_gate: a bias needs a gate_logit [B, P, D] or [B, P, 1]");
+    p.by_sample = p.by_row = true;
+  }
+  if (grad_carrier.has_value()) {
+    p.carrier = make_full_rows(p, *grad_carrier, "grad_carrier", grad_out);
+    STD_TORCH_CHECK(p.carrier.dtype == p.out.dtype,
+                    "prompt_gate: grad_carrier must have the dtype of the gradient");
+  }
   check_device(saved, "saved", grad_out);
-  if (need_out && !empty) check_overlap(p, p.out);
-  if (need_out && !empty) check_gate_apart(p);
-  Tensor grad_in = need_in
-                       ? torch::stable::new_empty(grad_out, {p.batch, p.length, p.dim}, in_dtype)
-                       : torch::stable::new_empty(grad_out, {0}, in_dtype);
-  p.in = need_in ? make_rows(grad_in, "grad_in", 0)
-                 : Rows{nullptr, 0, 0, 0, to_dtype(in_dtype, "block_in")};
-  Tensor grad_logit = !need_logit ? torch::stable::new_empty(gate_logit, {0})
-                      : empty     ? torch::stable::new_zeros(gate_logit, {})
-                                  : torch::stable::new_empty(gate_logit, {});
-  if (need_logit) {
-    check_rows(p, saved, "saved", grad_out);
+  if (need_logit || need_bias) {
+    p.saved = make_full_rows(p, saved, "saved", grad_out);
     STD_TORCH_CHECK(saved.is_contiguous() && saved.scalar_type() == grad_out.scalar_type(),
                     "prompt_gate: saved must be contiguous and of the dtype of the gradient");
-    p.saved = make_rows(saved, "saved", 0);
-    p.grad_logit = grad_logit.data_ptr();
-    if (need_out && !empty) check_overlap(p, p.out, &p.saved, "saved");
   }
-  if (!empty && (need_out || need_in || need_logit)) launch(p);
-  return {grad_in, grad_logit};
+  if (need_out && !is_empty(p)) {
+    check_overlap(p, p.out);
+    check_apart(p, p.logit, "gate_logit");
+    check_apart(p, p.carrier, "grad_carrier");
+    check_apart(p, p.saved, "saved");
+  }
+  Tensor grad_in = new_rows(p, grad_out, need_in, &p.in, in_dtype);
+  Tensor grad_logit = torch::stable::new_empty(gate_logit, {0});
+  if (need_logit) {
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < gate_logit.dim(); ++d) shape.push_back(gate_logit.size(d));
+    // a sum over nothing is 0
+    grad_logit = is_empty(p) ? torch::stable::new_zeros(gate_logit, shape)
+                             : torch::stable::new_empty(gate_logit, shape);
+    p.grad_logit = contiguous_like_logit(p, grad_logit.data_ptr(), p.logit.dtype);
+  }
+  const int64_t width = !need_bias ? 0 : p.by_channel ? p.dim : 1;
+  Tensor grad_bias = is_empty(p) ? torch::stable::new_zeros(grad_out, {width}, compute_type(p))
+                                 : torch::stable::new_empty(grad_out, {width}, compute_type(p));
+  if (need_bias) p.grad_bias = grad_bias.data_ptr();
+  if (!is_empty(p) && (need_out || need_in || need_logit || need_bias)) launch(p);
+  return {grad_in, grad_logit, grad_bias};
 }
 
 }  // namespace gated_prompt

@@ -31,29 +31,33 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// Zeroed memory for the gate gradient. One buffer per stream serves all launches there, one after
-// the other. A captured graph may be replayed beside anything, so it gets memory of its own, zeroed
-// by the graph; so does cudaStreamPerThread, one handle for a stream in each thread. The buffers
-// are never freed: at exit the CUDA context may be gone before them.
-Tensor workspace(const Tensor& reference, void* stream) {
-  const auto make = [&] {
-    return torch::stable::new_zeros(reference, {static_cast<int64_t>(kWorkspaceBytes)},
-                                    ScalarType::Byte);
+// Memory for sums over blocks, its tickets zero. One buffer per stream serves all launches there,
+// one after the other. A captured graph may be replayed beside anything, so it gets memory of its
+// own, zeroed by the graph; so does cudaStreamPerThread, one handle for a stream in each thread.
+// The buffers are never freed: at exit the CUDA context may be gone before them.
+Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
+  const auto make = [&](size_t size) {
+    return torch::stable::new_zeros(reference, {static_cast<int64_t>(size)}, ScalarType::Byte);
   };
   bool capturing = false;
   check_cuda(is_stream_capturing(stream, &capturing));
-  if (capturing || stream == kStreamPerThread) return make();
+  if (capturing || stream == kStreamPerThread) return make(bytes);
   static std::mutex mutex;
   static auto& buffers = *new std::map<std::pair<int32_t, void*>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(reference.get_device_index(), stream);
   const auto found = buffers.find(key);
-  return found != buffers.end() ? found->second : buffers.emplace(key, make()).first->second;
+  return found != buffers.end() ? found->second
+                                : buffers.emplace(key, make(kMaxWorkspaceBytes)).first->second;
+}
+
+void check_on_cuda(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda(), "prompt_gate: ", name, " must be on CUDA");
 }
 
 Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
                 int64_t length, bool mix, bool save) {
-  STD_TORCH_CHECK(block_out.is_cuda(), "prompt_gate: block_out must be on CUDA");
+  check_on_cuda(block_out, "block_out");
   const DeviceGuard guard(block_out.get_device_index());
   return prompt_gate_fwd(block_out, block_in, gate_logit, start, length, mix, save,
                          [&](const PromptGateParams& p) {
@@ -61,18 +65,37 @@ Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_log
                          });
 }
 
-std::tuple<Tensor, Tensor> bwd_cuda(Tensor grad_out, const Tensor& saved, const Tensor& gate_logit,
-                                    int64_t start, int64_t length, bool mix, bool need_out,
-                                    bool need_in, bool need_logit, ScalarType in_dtype) {
-  STD_TORCH_CHECK(grad_out.is_cuda(), "prompt_gate: grad_out must be on CUDA");
+std::tuple<Tensor, Tensor, Tensor> linear_token_fwd_cuda(Tensor block_out, const Tensor& block_in,
+                                                         const Tensor& weight,
+                                                         const std::optional<Tensor>& bias,
+                                                         int64_t start, int64_t length, bool mix,
+                                                         bool save_logit, bool save_derivative,
+                                                         bool save_rows) {
+  check_on_cuda(block_out, "block_out");
+  const DeviceGuard guard(block_out.get_device_index());
+  return prompt_gate_linear_token_fwd(
+      block_out, block_in, weight, bias, start, length, mix, save_logit, save_derivative, save_rows,
+      [&](const PromptGateParams& p) {
+        check_cuda(launch_prompt_gate_fwd(p, current_stream(block_out)));
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd_cuda(Tensor grad_out, const Tensor& saved,
+                                            const Tensor& gate_logit,
+                                            const std::optional<Tensor>& grad_carrier,
+                                            int64_t start, int64_t length, bool mix, bool need_out,
+                                            bool need_in, bool need_logit, bool need_bias,
+                                            ScalarType in_dtype) {
+  check_on_cuda(grad_out, "grad_out");
   const DeviceGuard guard(grad_out.get_device_index());
-  return prompt_gate_bwd(grad_out, saved, gate_logit, start, length, mix, need_out, need_in,
-                         need_logit, in_dtype, [&](const PromptGateParams& p) {
+  return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
+                         need_in, need_logit, need_bias, in_dtype, [&](const PromptGateParams& p) {
                            void* const stream = current_stream(grad_out);
-                           if (p.grad_logit == nullptr) {
+                           const size_t bytes = workspace_bytes(p);
+                           if (bytes == 0) {
                              check_cuda(launch_prompt_gate_bwd(p, nullptr, stream));
                            } else {
-                             const Tensor memory = workspace(grad_out, stream);
+                             const Tensor memory = workspace(grad_out, stream, bytes);
                              check_cuda(launch_prompt_gate_bwd(p, memory.data_ptr(), stream));
                            }
                          });
@@ -89,6 +112,7 @@ pybind11::dict build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CUDA, m) {
   m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cuda));
+  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cuda));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cuda));
 }
 

@@ -14,143 +14,469 @@ namespace {
 // spills in one kernel; held to 4 blocks, in two (make resources). Not yet tuned on a GPU.
 constexpr int kMinBlocks = 3;
 
-template <class A>
-__device__ __forceinline__ Gate<A> read_gate(const PromptGateParams& p) {
-  double logit;
-  switch (p.gate_dtype) {
-    case DType::kFloat64: logit = *static_cast<const double*>(p.gate_logit); break;
-    case DType::kFloat32: logit = *static_cast<const float*>(p.gate_logit); break;
-    case DType::kBFloat16: logit = widen(*static_cast<const BFloat16*>(p.gate_logit)); break;
-    default: logit = widen(*static_cast<const Half*>(p.gate_logit)); break;
+// ---- elements of any dtype: logits, weights, their gradients ----
+
+template <class F>
+__device__ __forceinline__ void visit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: f(double{}); break;
+    case DType::kFloat32: f(float{}); break;
+    case DType::kBFloat16: f(BFloat16{}); break;
+    default: f(Half{}); break;
   }
-  return make_gate(static_cast<A>(logit));
+}
+
+template <class A>
+__device__ __forceinline__ A read(const Rows& rows, int64_t offset) {
+  A value{};
+  visit(rows.dtype, [&](auto type) {
+    value = static_cast<A>(widen(static_cast<const decltype(type)*>(rows.data)[offset]));
+  });
+  return value;
+}
+
+template <class A>
+__device__ __forceinline__ void write(const Rows& rows, int64_t offset, A value) {
+  visit(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(rows.data)[offset] = narrow<T>(static_cast<compute_t<T>>(value));
+  });
+}
+
+template <class A, int kVector>
+__device__ __forceinline__ void read_pack(const Rows& rows, int64_t offset, A (&values)[kVector]) {
+  visit(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto pack = Pack<T, kVector>::load(static_cast<const T*>(rows.data) + offset);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = static_cast<A>(widen(pack.value[i]));
+  });
+}
+
+template <class A, int kVector>
+__device__ __forceinline__ void write_pack(const Rows& rows, int64_t offset,
+                                           const A (&values)[kVector]) {
+  visit(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    Pack<T, kVector> pack;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      pack.value[i] = narrow<T>(static_cast<compute_t<T>>(values[i]));
+    }
+    pack.store(static_cast<T*>(rows.data) + offset);
+  });
 }
 
 template <class T>
-__device__ __forceinline__ T* sample(const Rows& rows, int64_t b) {
-  return static_cast<T*>(rows.data) + b * rows.batch_stride;
+__device__ __forceinline__ T* at(const Rows& rows, int64_t offset) {
+  return static_cast<T*>(rows.data) + offset;
 }
 
-// ---- forward ----
+// ---- one pack ----
+
+template <class H, class X, int kVector>
+struct ForwardPack {
+  Pack<H, kVector> h;
+  Pack<X, kVector> x;
+
+  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t in) {
+    h = Pack<H, kVector>::load(at<const H>(p.out, out));
+    x = Pack<X, kVector>::load(at<const X>(p.in, in));
+  }
+  // gate(i) is the Gate of element i.
+  template <class G>
+  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
+                                                   int64_t saved, G&& gate) {
+    using A = compute_t<H>;
+    Pack<H, kVector> derivative;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const A h_i = widen(h.value[i]), x_i = widen(x.value[i]);
+      const Gate<A> g = gate(i);
+      derivative.value[i] = narrow<H>(saved_derivative(p.mix, h_i, x_i));
+      h.value[i] = narrow<H>(update(g.value, h_i, input_weight(g, p.mix), x_i));
+    }
+    h.store(at<H>(p.out, out));
+    if (p.saved.data != nullptr) derivative.store(at<H>(p.saved, saved));
+  }
+};
+
+template <class H, class X, int kVector>
+struct BackwardPack {
+  using A = compute_t<H>;
+  Pack<H, kVector> grad;
+  Pack<H, kVector> saved;
+  Pack<H, kVector> carrier;
+
+  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t saved_at,
+                                       int64_t carrier_at) {
+    grad = Pack<H, kVector>::load(at<const H>(p.out, out));
+    if (p.saved.data != nullptr) saved = Pack<H, kVector>::load(at<const H>(p.saved, saved_at));
+    if (p.carrier.data != nullptr) {
+      carrier = Pack<H, kVector>::load(at<const H>(p.carrier, carrier_at));
+    }
+  }
+  // gate(i) is the Gate of element i; sum(i, saved*T) is told what its gradient is made of.
+  template <class G, class S>
+  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
+                                                   int64_t in, G&& gate, S&& sum) {
+    Pack<X, kVector> grad_in;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      A t = widen(grad.value[i]);
+      if (p.carrier.data != nullptr) t += widen(carrier.value[i]);
+      if (p.saved.data != nullptr) sum(i, widen(saved.value[i]) * t);
+      const Gate<A> g = gate(i);
+      grad_in.value[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
+      grad.value[i] = narrow<H>(g.value * t);
+    }
+    if (p.in.data != nullptr) grad_in.store(at<X>(p.in, in));
+    if (p.rescale) grad.store(at<H>(p.out, out));
+  }
+};
+
+// ---- sums over blocks ----
+//
+// One launch: of the blocks that share a sum, the one that arrives last adds their partial sums, in
+// a fixed order. Tickets wrap to 0 for the next launch.
+
+// Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
+__device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
+  __shared__ bool is_last;
+  __threadfence();  // each thread's partial sums before the ticket
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  __syncthreads();
+  const bool result = is_last;
+  __threadfence();  // the tickets before the partial sums
+  return result;
+}
+
+// What becomes of the sum of a gate, or (streamed) of a bias.
+__device__ __forceinline__ void finish_sum(const PromptGateParams& p, bool is_bias, RowIndex row,
+                                           int64_t channel, double sum) {
+  if (is_bias) {
+    if (p.out.dtype == DType::kFloat64) {
+      static_cast<double*>(p.grad_bias)[channel] = sum;
+    } else {
+      static_cast<float*>(p.grad_bias)[channel] = static_cast<float>(sum);
+    }
+    return;
+  }
+  const int64_t logit = offset_of(p.logit, row) + channel * p.logit.channel_stride;
+  const double slope = make_gate(read<double>(p.logit, logit)).slope;
+  write(p.grad_logit, offset_of(p.grad_logit, row) + channel * p.grad_logit.channel_stride,
+        logit_gradient(slope, sum, p.mix));
+}
+
+// One sum, of `value` over the threads of `blocks` blocks; this is number `block` of them.
+template <class A>
+__device__ __forceinline__ void sum_over_blocks(const PromptGateParams& p, bool is_bias,
+                                                RowIndex row, A value, unsigned blocks,
+                                                unsigned block, unsigned* ticket,
+                                                double* partials) {
+  const A block_total = block_sum(value);
+  double total = static_cast<double>(block_total);
+  if (blocks > 1) {
+    if (threadIdx.x == 0) partials[block] = total;
+    if (!arrives_last(ticket, blocks)) return;
+    total = 0;
+    for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
+    total = block_sum(total);
+  }
+  if (threadIdx.x == 0) finish_sum(p, is_bias, row, 0, total);
+}
+
+// A sum for each channel of a strip, of the threads in the same lane of the warps of `blocks`
+// blocks.
+template <class A, int kVector>
+__device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p, bool is_bias,
+                                                      RowIndex row, int64_t first_channel,
+                                                      const A (&values)[kVector], unsigned blocks,
+                                                      unsigned block, unsigned* ticket,
+                                                      A* partials) {
+  constexpr int kColumns = 32 * kVector;
+  __shared__ A warp_sums[kWarps][kColumns];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();  // the previous call's sums have been read
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) warp_sums[warp][lane * kVector + i] = values[i];
+  __syncthreads();
+  const int column = static_cast<int>(threadIdx.x);  // kColumns <= kThreads
+  const bool is_there = column < kColumns && first_channel + column < p.dim;
+  double total = 0;
+  if (is_there) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += static_cast<double>(warp_sums[w][column]);
+  }
+  if (blocks > 1) {
+    if (is_there) partials[int64_t(block) * kColumns + column] = static_cast<A>(total);
+    if (!arrives_last(ticket, blocks)) return;
+    total = 0;
+    if (is_there) {
+      for (unsigned i = 0; i < blocks; ++i) {
+        total += static_cast<double>(__ldcg(partials + int64_t(i) * kColumns + column));
+      }
+    }
+  }
+  if (is_there) finish_sum(p, is_bias, row, first_channel + column, total);
+}
+
+// ---- by pack: one gate for a whole sample ----
 
 template <class H, class X, int kVector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     prompt_gate_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
   using A = compute_t<H>;
-  const Gate<A> gate = read_gate<A>(p);
-  const A w = input_weight(gate, p.mix);
   const int64_t packs = plan.rows * plan.packs_per_row;
   const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
   for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    H* const h_sample = sample<H>(p.out, b);             // [P, D]
-    const X* const x_sample = sample<const X>(p.in, b);  // [P, D]
-    H* const saved_sample = sample<H>(p.saved, b);       // [P, D] or null
+    const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
     for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
          first < packs; first += step) {
-      Pack<H, kVector> h[kPacksInFlight];
-      Pack<X, kVector> x[kPacksInFlight];
+      ForwardPack<H, X, kVector> pack[kPacksInFlight];
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index < packs) {
-          h[k] = Pack<H, kVector>::load(h_sample + pack_offset(plan, p.out, index));
-          x[k] = Pack<X, kVector>::load(x_sample + pack_offset(plan, p.in, index));
+          pack[k].load(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
+                       b * p.in.batch_stride + pack_offset(plan, p.in, index));
         }
       }
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index >= packs) break;
-        Pack<H, kVector> saved;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const A h_i = widen(h[k].value[i]);
-          const A x_i = widen(x[k].value[i]);
-          saved.value[i] = narrow<H>(half_derivative(p.mix, h_i, x_i));
-          h[k].value[i] = narrow<H>(update(gate.value, h_i, w, x_i));
-        }
-        h[k].store(h_sample + pack_offset(plan, p.out, index));
-        if (p.saved.data != nullptr) saved.store(saved_sample + pack_offset(plan, p.saved, index));
+        pack[k].update_and_store(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
+                                 b * p.saved.batch_stride + pack_offset(plan, p.saved, index),
+                                 [&](int) { return gate; });
       }
     }
   }
 }
 
-// ---- backward ----
-//
-// One launch: the block that arrives last adds the partial sums of all blocks, in a fixed order.
-
 template <class H, class X, int kVector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* ticket,
+    prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
                            double* partials) {
   using A = compute_t<H>;
-  const Gate<A> gate = read_gate<A>(p);
-  const A w = input_weight(gate, p.mix);
   const int64_t packs = plan.rows * plan.packs_per_row;
   const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
-  const bool reduces = p.grad_logit != nullptr;
+  const bool reduces = p.grad_logit.data != nullptr;
   A sum = A(0);
   for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    H* const grad_sample = sample<H>(p.out, b);                 // [P, D]
-    X* const grad_in_sample = sample<X>(p.in, b);               // [P, D] or null
-    const H* const saved_sample = sample<const H>(p.saved, b);  // [P, D] or null
+    const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
     for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
          first < packs; first += step) {
-      Pack<H, kVector> grad[kPacksInFlight];
-      Pack<H, kVector> saved[kPacksInFlight];
+      BackwardPack<H, X, kVector> pack[kPacksInFlight];
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index < packs) {
-          grad[k] = Pack<H, kVector>::load(grad_sample + pack_offset(plan, p.out, index));
-          if (reduces) {
-            saved[k] = Pack<H, kVector>::load(saved_sample + pack_offset(plan, p.saved, index));
-          }
+          pack[k].load(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
+                       b * p.saved.batch_stride + pack_offset(plan, p.saved, index),
+                       b * p.carrier.batch_stride + pack_offset(plan, p.carrier, index));
         }
       }
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index >= packs) break;
-        Pack<X, kVector> grad_in;
+        pack[k].update_and_store(
+            p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
+            b * p.in.batch_stride + pack_offset(plan, p.in, index), [&](int) { return gate; },
+            [&](int, A product) { sum += product; });
+      }
+    }
+    if (reduces && p.by_sample) {
+      sum_over_blocks(p, false, {b, 0}, sum, gridDim.x, blockIdx.x, tickets + b,
+                      partials + b * gridDim.x);
+      sum = A(0);
+    }
+  }
+  if (reduces && !p.by_sample) {
+    sum_over_blocks(p, false, {0, 0}, sum, gridDim.x * gridDim.y,
+                    blockIdx.y * gridDim.x + blockIdx.x, tickets, partials);
+  }
+}
+
+// ---- by segment: every other gate ----
+//
+// A warp takes row after row of a segment. Where the gate varies by channel it works on one strip,
+// 32 packs of each row, else on whole rows. kStreamed: the gate is read row by row.
+
+// Position of a pack within rows.
+__device__ __forceinline__ int64_t pack_at(const Rows& rows, RowIndex row, int64_t channel) {
+  return offset_of(rows, row) + channel * rows.channel_stride;
+}
+
+// The gate of a strip's pack.
+template <class A, int kVector>
+__device__ __forceinline__ void read_gates(const PromptGateParams& p, bool streamed, RowIndex row,
+                                           int64_t channel, Gate<A> (&gates)[kVector]) {
+  A logits[kVector];
+  const int64_t offset = pack_at(p.logit, row, channel);
+  if (streamed) {  // plan_launch has checked that it may be read in packs
+    read_pack(p.logit, offset, logits);
+  } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const A grad_i = widen(grad[k].value[i]);
-          if (reduces) sum += widen(saved[k].value[i]) * grad_i;
-          grad_in.value[i] = narrow<X>(static_cast<compute_t<X>>(w * grad_i));
-          grad[k].value[i] = narrow<H>(gate.value * grad_i);
+    for (int i = 0; i < kVector; ++i) {
+      logits[i] = read<A>(p.logit, offset + i * p.logit.channel_stride);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) gates[i] = make_gate(logits[i]);
+}
+
+template <class H, class X, int kVector, bool kByChannel>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    prompt_gate_segment_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
+  using A = compute_t<H>;
+  const Segments segments = segments_of(p);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t step = kByChannel ? plan.packs_per_row : 32;  // packs; a strip has one a lane
+  for (int64_t segment = blockIdx.y; segment < segments.count; segment += gridDim.y) {
+    for (int64_t first = int64_t(blockIdx.z) * 32; first < plan.packs_per_row;
+         first += kByChannel ? int64_t(gridDim.z) * 32 : plan.packs_per_row) {
+      Gate<A> gates[kByChannel ? kVector : 1];
+      bool has_gates = false;
+      for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < segments.rows;
+           i += int64_t(gridDim.x) * kWarps) {
+        const RowIndex row = row_of_segment(p, segments, segment, i);
+        for (int64_t pack = first + lane; pack < plan.packs_per_row; pack += step) {
+          const int64_t channel = pack * kVector;
+          ForwardPack<H, X, kVector> values;
+          values.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
+          if constexpr (kByChannel) {
+            if (segments.streamed || !has_gates) {
+              read_gates(p, segments.streamed, row, channel, gates);
+              has_gates = true;
+            }
+          } else {
+            gates[0] = make_gate(read<A>(p.logit, offset_of(p.logit, row)));
+          }
+          values.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+                                  [&](int k) { return gates[kByChannel ? k : 0]; });
         }
-        if (p.in.data != nullptr) grad_in.store(grad_in_sample + pack_offset(plan, p.in, index));
-        if (p.rescale) grad[k].store(grad_sample + pack_offset(plan, p.out, index));
       }
     }
   }
-  if (!reduces) return;
+}
 
-  const unsigned blocks = gridDim.x * gridDim.y;
-  __shared__ bool is_last;
-  const A block_total = block_sum(sum);
-  if (threadIdx.x == 0) {
-    partials[blockIdx.y * gridDim.x + blockIdx.x] = static_cast<double>(block_total);
-    __threadfence();                                        // the partial before the ticket
-    is_last = atomicInc(ticket, blocks - 1) == blocks - 1;  // wraps to 0 for the next launch
+template <class H, class X, int kVector, bool kByChannel>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    prompt_gate_segment_bwd_kernel(const PromptGateParams p, const LaunchPlan plan,
+                                   unsigned* tickets, void* partials) {
+  using A = compute_t<H>;
+  constexpr int kGates = kByChannel ? kVector : 1;
+  const Segments segments = segments_of(p);
+  const bool is_bias = segments.streamed;  // what is summed over blocks
+  const bool reduces = is_bias ? p.grad_bias != nullptr : p.grad_logit.data != nullptr;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t step = kByChannel ? plan.packs_per_row : 32;
+  for (int64_t segment = blockIdx.y; segment < segments.count; segment += gridDim.y) {
+    for (int64_t first = int64_t(blockIdx.z) * 32; first < plan.packs_per_row;
+         first += kByChannel ? int64_t(gridDim.z) * 32 : plan.packs_per_row) {
+      Gate<A> gates[kGates];
+      bool has_gates = false;
+      A sums[kGates] = {};
+      for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < segments.rows;
+           i += int64_t(gridDim.x) * kWarps) {
+        const RowIndex row = row_of_segment(p, segments, segment, i);
+        A row_sum = A(0);  // of this lane
+        for (int64_t pack = first + lane; pack < plan.packs_per_row; pack += step) {
+          const int64_t channel = pack * kVector;
+          BackwardPack<H, X, kVector> values;
+          values.load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+                      pack_at(p.carrier, row, channel));
+          const auto store = [&](auto&& sum) {
+            values.update_and_store(
+                p, pack_at(p.out, row, channel), pack_at(p.in, row, channel),
+                [&](int k) { return gates[kByChannel ? k : 0]; }, sum);
+          };
+          if constexpr (!kByChannel) {
+            gates[0] = make_gate(read<A>(p.logit, offset_of(p.logit, row)));
+            store([&](int, A product) { row_sum += product; });
+          } else if (segments.streamed) {
+            read_gates(p, true, row, channel, gates);
+            A grads[kVector];
+            store([&](int k, A product) {
+              grads[k] = logit_gradient(gates[k].slope, product, p.mix);
+              sums[k] += grads[k];
+            });
+            if (p.grad_logit.data != nullptr) {
+              write_pack(p.grad_logit, pack_at(p.grad_logit, row, channel), grads);
+            }
+          } else {
+            if (!has_gates) read_gates(p, false, row, channel, gates);
+            has_gates = true;
+            store([&](int k, A product) { sums[k] += product; });
+          }
+        }
+        if constexpr (!kByChannel) {
+          if (segments.streamed && p.saved.data != nullptr) {
+            const A total = warp_sum(row_sum);  // lane 0
+            if (lane == 0) {
+              const A slope = make_gate(read<A>(p.logit, offset_of(p.logit, row))).slope;
+              const A grad = logit_gradient(slope, total, p.mix);
+              if (p.grad_logit.data != nullptr) {
+                write(p.grad_logit, offset_of(p.grad_logit, row), grad);
+              }
+              sums[0] += grad;
+            }
+          } else {
+            sums[0] += row_sum;
+          }
+        }
+      }
+      if (!reduces) continue;
+      const RowIndex row = row_of_segment(p, segments, segment, 0);
+      const int64_t group = segment * gridDim.z + blockIdx.z;  // blocks that share a sum
+      if constexpr (kByChannel) {
+        strip_sum_over_blocks(p, is_bias, row, first * kVector, sums, gridDim.x, blockIdx.x,
+                              tickets + group,
+                              static_cast<A*>(partials) + group * gridDim.x * 32 * kVector);
+      } else {
+        sum_over_blocks(p, is_bias, row, sums[0], gridDim.x, blockIdx.x, tickets + group,
+                        static_cast<double*>(partials) + group * gridDim.x);
+      }
+    }
   }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();  // the tickets before the partials
-  double total = 0;
-  for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
-  total = block_sum(total);
-  if (threadIdx.x == 0) {
-    const double result = logit_gradient(read_gate<double>(p), total);
-    switch (p.gate_dtype) {
-      case DType::kFloat64: *static_cast<double*>(p.grad_logit) = result; break;
-      case DType::kFloat32: *static_cast<float*>(p.grad_logit) = static_cast<float>(result); break;
-      case DType::kBFloat16:
-        *static_cast<BFloat16*>(p.grad_logit) = narrow<BFloat16>(static_cast<float>(result));
-        break;
-      default: *static_cast<Half*>(p.grad_logit) = narrow<Half>(static_cast<float>(result)); break;
+}
+
+// A warp takes row after row: the logit is a dot product of the row, which is in the nearest cache
+// when it is read again for the update.
+template <class H, class X, int kVector>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    prompt_gate_linear_token_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
+  using A = compute_t<H>;
+  const Segments segments = segments_of(p);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const A bias = p.bias.data == nullptr ? A(0) : read<A>(p.bias, 0);
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < segments.rows;
+       i += int64_t(gridDim.x) * kWarps) {
+    const RowIndex row = row_of_segment(p, segments, 0, i);
+    A dot = A(0);
+    for (int64_t pack = lane; pack < plan.packs_per_row; pack += 32) {
+      const int64_t channel = pack * kVector;
+      const auto h = Pack<H, kVector>::load(at<const H>(p.out, pack_at(p.out, row, channel)));
+      A weights[kVector];
+      read_pack(p.weight, channel * p.weight.channel_stride, weights);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) dot += widen(h.value[k]) * weights[k];
+    }
+    const A logit = __shfl_sync(0xffffffffu, warp_sum(dot), 0) + bias;
+    if (lane == 0 && p.logit.data != nullptr) write(p.logit, offset_of(p.logit, row), logit);
+    const Gate<A> gate = make_gate(logit);
+    for (int64_t pack = lane; pack < plan.packs_per_row; pack += 32) {
+      const int64_t channel = pack * kVector;
+      ForwardPack<H, X, kVector> values;
+      values.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
+      if (p.gathered.data != nullptr) {
+        values.h.store(at<H>(p.gathered, pack_at(p.gathered, row, channel)));
+      }
+      values.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+                              [&](int) { return gate; });
     }
   }
 }
@@ -160,20 +486,38 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 template <class H, class X, int kVector>
 int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, void* workspace,
            cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
-  if (backward) {
-    auto* const bytes = static_cast<char*>(workspace);
-    prompt_gate_bwd_kernel<H, X, kVector><<<grid, kThreads, 0, stream>>>(
-        p, plan, reinterpret_cast<unsigned*>(bytes), reinterpret_cast<double*>(bytes + 16));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y),
+                        static_cast<unsigned>(plan.grid_z));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  auto* const tickets = static_cast<unsigned*>(workspace);
+  void* const partials =
+      workspace == nullptr ? nullptr : static_cast<char*>(workspace) + kTicketBytes;
+  if (p.weight.data != nullptr) {
+    cudaLaunchKernelEx(&config, prompt_gate_linear_token_fwd_kernel<H, X, kVector>, p, plan);
+  } else if (!plan.by_segment && !backward) {
+    cudaLaunchKernelEx(&config, prompt_gate_fwd_kernel<H, X, kVector>, p, plan);
+  } else if (!plan.by_segment) {
+    cudaLaunchKernelEx(&config, prompt_gate_bwd_kernel<H, X, kVector>, p, plan, tickets,
+                       static_cast<double*>(partials));
+  } else if (!backward) {
+    cudaLaunchKernelEx(&config,
+                       p.by_channel ? prompt_gate_segment_fwd_kernel<H, X, kVector, true>
+                                    : prompt_gate_segment_fwd_kernel<H, X, kVector, false>,
+                       p, plan);
   } else {
-    prompt_gate_fwd_kernel<H, X, kVector><<<grid, kThreads, 0, stream>>>(p, plan);
+    cudaLaunchKernelEx(&config,
+                       p.by_channel ? prompt_gate_segment_bwd_kernel<H, X, kVector, true>
+                                    : prompt_gate_segment_bwd_kernel<H, X, kVector, false>,
+                       p, plan, tickets, partials);
   }
   return static_cast<int>(cudaGetLastError());
 }
 
 template <class H, class X>
 int launch(const PromptGateParams& p, bool backward, void* workspace, void* stream) {
-  const LaunchPlan plan = plan_launch(p, backward);
+  const LaunchPlan plan = plan_launch(p);
   if (plan.grid_x == 0 || plan.grid_y == 0) return 0;
   constexpr int kNarrowest = sizeof(H) < sizeof(X) ? sizeof(H) : sizeof(X);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

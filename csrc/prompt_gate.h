@@ -2,16 +2,18 @@
 // What bindings, CPU kernels and CUDA kernels agree on. No torch and no CUDA header here.
 //
 // Shapes: B samples, N tokens, D channels; P = length prompt rows of each sample, from row `start`
-// on.
+// on. The gate's logit broadcasts to [B, P, D].
 //
 // Forward, on the prompt rows only, with g = sigmoid(logit), w = 1 - g (mix) or 1 (residual):
 //   h <- g*h + w*x
-//   saved <- (h - x) / 2 (mix) or h / 2 (residual), of the h before
+//   saved <- (h - x) / 2 (mix) or h (residual), of the h before
 //
-// Backward, with G the gradient at the updated rows:
-//   gradient of x <- w*G
-//   gradient of the logit <- 2 * g * (1-g) * sum(saved*G)
-//   G <- g*G, the gradient of h
+// Backward, with T = G + C, G the gradient at the updated rows, C one that comes beside it:
+//   gradient of x <- w*T
+//   gradient of the logit <- k * g * (1-g) * saved*T, k = 2 (mix) or 1 (residual), summed over the
+//                            dimensions along which the logit broadcasts
+//   gradient of a bias in the logit <- that, summed over all rows
+//   G <- g*T, the gradient of h
 #pragma once
 
 #include <cstddef>
@@ -32,7 +34,8 @@ constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// The prompt rows of one tensor, [B, P, D]; strides in elements. data == nullptr: not wanted.
+// The prompt rows of one tensor, [B, P, D]; strides in elements, 0 along a dimension in which it
+// broadcasts. data == nullptr: not wanted.
 struct Rows {
   void* data;
   int64_t batch_stride;
@@ -42,56 +45,121 @@ struct Rows {
 };
 
 struct PromptGateParams {
-  int64_t batch;           // B
-  int64_t length;          // P
-  int64_t dim;             // D
-  bool mix;                // rule: mix or residual
-  const void* gate_logit;  // []
-  DType gate_dtype;
-  Rows out;          // forward: block_out, updated. backward: its gradient G
-  Rows in;           // forward: block_in, read. backward: its gradient, written
-  Rows saved;        // [B, P, D] contiguous, dtype of out
-  bool rescale;      // backward: write g*G over G
-  void* grad_logit;  // backward: [], gate_dtype
+  int64_t batch;                       // B
+  int64_t length;                      // P
+  int64_t dim;                         // D
+  bool mix;                            // rule: mix or residual
+  bool by_sample, by_row, by_channel;  // the dimensions along which the logit has its own size
+  Rows logit;
+  Rows out;         // forward: block_out, updated. backward: its gradient G
+  Rows in;          // forward: block_in, read. backward: its gradient, written
+  Rows saved;       // [B, P, D] contiguous, dtype of out
+  Rows carrier;     // backward: C, dtype of out
+  Rows grad_logit;  // backward: contiguous in the shape of the logit
+  void* grad_bias;  // backward: [D] where by_channel, else [1]; float32, float64 beside float64
+  bool rescale;     // backward: write g*T over G
+
+  // forward of a gate that is a linear map of the row, logit = h . weight + bias, by_sample and
+  // by_row: `logit` (float32, float64 beside float64) is written, unless its data is nullptr
+  Rows weight;    // [D]; data == nullptr for every other gate
+  Rows bias;      // [1]; data == nullptr: none
+  Rows gathered;  // [B, P, D] contiguous, dtype of out: a copy of the h before
 };
+
+// Rows of one segment share their gate, and the gradient of that gate is a sum over them. A gate of
+// its own for each row makes no segments: it is read row by row ("streamed"), its gradient written
+// row by row, and only the gradient of a bias is a sum, over all rows.
+struct Segments {
+  int64_t count;
+  int64_t rows;  // of each segment
+  bool streamed;
+};
+
+GP_INDEX Segments segments_of(const PromptGateParams& p) {
+  const bool streamed = p.by_sample && p.by_row;
+  const int64_t count = streamed ? 1 : p.by_sample ? p.batch : p.by_row ? p.length : 1;
+  return {count, count == 0 ? 0 : p.batch * p.length / count, streamed};
+}
+
+struct RowIndex {
+  int64_t b, p;
+};
+
+// Row i of a segment.
+GP_INDEX RowIndex row_of_segment(const PromptGateParams& p, const Segments& segments,
+                                 int64_t segment, int64_t i) {
+  if (p.by_row && !segments.streamed) return {i, segment};
+  if (p.by_sample && !segments.streamed) return {segment, i};
+  if (((i | p.length) >> 32) == 0) {  // a 64-bit division costs some 100 instructions
+    const uint32_t b = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.length);
+    return {b, static_cast<uint32_t>(i) - b * static_cast<uint32_t>(p.length)};
+  }
+  return {i / p.length, i % p.length};
+}
+
+GP_INDEX int64_t offset_of(const Rows& rows, RowIndex row) {
+  return row.b * rows.batch_stride + row.p * rows.row_stride;
+}
 
 // ---- CPU ----
 //
-// Work is cut into chunks of rows whose size depends on D alone, and the sum over chunks is taken
-// in order, so results are the same bits for any number of threads. Threads belong to the caller.
+// Work is cut into tasks, rows of one segment, whose size depends on shapes alone, and sums over
+// tasks are taken in order, so results are the same bits for any number of threads. Threads belong
+// to the caller.
 
-constexpr int64_t kChunkElements = 8192;  // 16 to 64 KiB: a chunk stays in the nearest caches
+constexpr int64_t kTaskElements = 8192;  // 16 to 64 KiB: a task stays in the nearest caches
 
-inline int64_t rows_per_chunk(const PromptGateParams& p) {
-  return p.dim >= kChunkElements ? 1 : kChunkElements / (p.dim > 0 ? p.dim : 1);
+struct Tasks {
+  int64_t rows;         // of a task; the last one of a segment may have fewer
+  int64_t per_segment;  // tasks
+  int64_t count;
+  int64_t width;  // sums that each task leaves: D where by_channel, else 1
+};
+
+inline Tasks tasks_of(const PromptGateParams& p) {
+  if (p.batch * p.length * p.dim == 0) return {};
+  const Segments segments = segments_of(p);
+  const int64_t wanted = p.dim >= kTaskElements ? 1 : kTaskElements / p.dim;
+  const int64_t rows = segments.rows < wanted ? segments.rows : wanted;
+  const int64_t per_segment = (segments.rows + rows - 1) / rows;
+  return {rows, per_segment, per_segment * segments.count, p.by_channel ? p.dim : 1};
 }
-inline int64_t num_chunks(const PromptGateParams& p) {
-  const int64_t rows = p.batch * p.length;
-  return p.dim == 0 ? 0 : (rows + rows_per_chunk(p) - 1) / rows_per_chunk(p);
+
+inline bool reduces(const PromptGateParams& p) {
+  return p.grad_bias != nullptr || (p.grad_logit.data != nullptr && !(p.by_sample && p.by_row));
 }
 
-void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t chunk_begin, int64_t chunk_end);
-// partials: [num_chunks] sums of saved*G, one per chunk; nullptr when grad_logit is
-void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t chunk_begin, int64_t chunk_end,
-                         double* partials);
-void prompt_gate_finish_cpu(const PromptGateParams& params, const double* partials);
+void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end);
+// partials: [tasks, width] sums, float32 (float64 where out is); nullptr unless reduces(params)
+void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end,
+                         void* partials);
+void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials);
 const char* cpu_instructions();  // which version of the kernels this processor runs
 
 // ---- CUDA ----
 //
-// Launch shape and index map, as plain functions that run (and are tested) on any machine.
+// Launch shape and index map, as plain functions that run (and are tested) on any machine. Two
+// mappings:
+//   by pack     one gate for a whole sample: a grid over the packs of a sample, a sample after
+//               another. Where the P rows of a sample are one contiguous run, packs ignore rows.
+//   by segment  every other gate: a warp works on a row (by_channel: on 32 packs of a row, a
+//               "strip", row after row, the gate in registers).
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr int kPacksInFlight = 2;  // packs of each tensor that one thread loads before it computes
 constexpr int64_t kMaxGridX = 1 << 20;
-constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kMaxPartials = 2048;  // blocks of a backward launch that reduces: about two waves
+constexpr int64_t kMaxGridYZ = 65535;
+constexpr int64_t kMaxPartials = 2048;    // blocks of a launch by pack that reduces: two waves
+constexpr int64_t kSegmentBlocks = 1024;  // blocks that a launch by segment aims at, if it may
 
 struct LaunchPlan {
-  int64_t grid_x;  // blocks over the packs of one sample
-  int64_t grid_y;  // blocks over samples
+  bool by_segment;
+  int64_t grid_x;  // by pack: blocks over the packs of a sample; by segment: over its rows
+  int64_t grid_y;  // by pack: over samples; by segment: over segments
+  int64_t grid_z;  // by segment: over strips
   int vector;    // elements in a pack: 16 bytes of the narrowest tensor, or 4 bytes, or one element
-  int64_t rows;  // 1 where the P rows of a sample are one contiguous run
+  int64_t rows;  // by pack: 1 where the P rows of a sample are one contiguous run
   int64_t packs_per_row;
 };
 
@@ -105,8 +173,11 @@ inline int64_t narrowest_item(const PromptGateParams& p) {
 // steps over must be multiples of its bytes (up to 16), and packs must tile a run exactly.
 inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
   if (run % vector != 0) return false;
-  for (const Rows* rows : {&p.out, &p.in, &p.saved}) {
+  const bool logit_in_packs = p.by_channel && segments_of(p).streamed;
+  for (const Rows* rows :
+       {&p.out, &p.in, &p.saved, &p.carrier, &p.gathered, &p.weight, &p.logit, &p.grad_logit}) {
     if (rows->data == nullptr || vector == 1) continue;
+    if ((rows == &p.logit || rows == &p.grad_logit) && !logit_in_packs) continue;
     const int64_t bytes = vector * item_size(rows->dtype);
     const int64_t step = (bytes < 16 ? bytes : 16) / item_size(rows->dtype);  // elements
     const auto address = reinterpret_cast<uintptr_t>(rows->data);
@@ -119,14 +190,25 @@ inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
   return true;
 }
 
-inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
-  bool one_run = true;  // rows follow each other without a gap in every tensor
-  for (const Rows* rows : {&p.out, &p.in, &p.saved}) {
+inline int64_t at_least_one(int64_t value) {
+  return value > 0 ? value : 1;
+}
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline LaunchPlan plan_launch(const PromptGateParams& p) {
+  LaunchPlan plan{};
+  plan.by_segment = p.by_row || p.by_channel;
+  bool one_run = !plan.by_segment;  // rows follow each other without a gap in every tensor
+  for (const Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) {
     if (rows->data == nullptr) continue;
     one_run = one_run && rows->row_stride == p.dim * rows->channel_stride;
   }
   const int64_t narrowest = narrowest_item(p);
-  LaunchPlan plan{};
   plan.rows = one_run ? 1 : p.length;
   const int64_t run = one_run ? p.length * p.dim : p.dim;
   plan.vector = 1;
@@ -137,18 +219,32 @@ inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
     }
   }
   plan.packs_per_row = run / plan.vector;
-  const int64_t packs = plan.rows * plan.packs_per_row;
-  const int64_t per_block = kThreads * kPacksInFlight;
-  const int64_t blocks = (packs + per_block - 1) / per_block;
-  const bool reduces = backward && p.grad_logit != nullptr;
-  const int64_t max_x = reduces ? kMaxPartials : kMaxGridX;
-  plan.grid_x = blocks < max_x ? blocks : max_x;
-  const int64_t max_y = reduces ? kMaxPartials / (plan.grid_x > 0 ? plan.grid_x : 1) : kMaxGridY;
-  plan.grid_y = p.batch < max_y ? p.batch : max_y;
+  plan.grid_z = 1;
+  if (p.batch * p.length * p.dim == 0) return plan;  // grid_x = grid_y = 0: nothing to launch
+  if (plan.by_segment) {
+    const Segments segments = segments_of(p);
+    const int64_t strips = p.by_channel ? ceil_div(plan.packs_per_row, 32) : 1;
+    const int64_t share = at_least_one(kSegmentBlocks / (segments.count * strips));
+    plan.grid_x = smaller(ceil_div(segments.rows, kWarps), share);
+    plan.grid_y = smaller(segments.count, kMaxGridYZ);
+    plan.grid_z = smaller(strips, kMaxGridYZ);
+    return plan;
+  }
+  const int64_t blocks = ceil_div(plan.rows * plan.packs_per_row, kThreads * kPacksInFlight);
+  if (!reduces(p)) {
+    plan.grid_x = smaller(blocks, kMaxGridX);
+    plan.grid_y = smaller(p.batch, kMaxGridYZ);
+  } else if (p.by_sample) {  // a sum for each sample, over the blocks of its row of the grid
+    plan.grid_x = smaller(blocks, at_least_one(kMaxPartials / p.batch));
+    plan.grid_y = smaller(p.batch, kMaxGridYZ);
+  } else {
+    plan.grid_x = smaller(blocks, kMaxPartials);
+    plan.grid_y = smaller(p.batch, at_least_one(kMaxPartials / plan.grid_x));
+  }
   return plan;
 }
 
-// Position of pack `index` of a sample within Rows, in elements from the sample's first element.
+// By pack: position of pack `index` of a sample within Rows, in elements from the sample's first.
 GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
   if (plan.rows == 1) return index * plan.vector * rows.channel_stride;
   int64_t row;
@@ -161,11 +257,28 @@ GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t i
   return row * rows.row_stride + column * rows.channel_stride;
 }
 
-// Device memory for the gate gradient: a ticket, then one partial sum per block. The ticket must be
-// 0 before the first launch and is 0 again after each, so launches on one stream may share it.
-constexpr size_t kWorkspaceBytes = 16 + kMaxPartials * sizeof(double);
+// Device memory for sums over blocks: tickets, then partial sums. Each group of blocks that shares
+// a sum has a ticket, which must be 0 before the first launch and is 0 again after each, so that
+// launches on one stream may share the memory.
+constexpr int64_t kMaxTickets = 1024;
+constexpr size_t kTicketBytes = kMaxTickets * sizeof(uint32_t);
+constexpr size_t kMaxWorkspaceBytes =
+    kTicketBytes + kSegmentBlocks * 256 * sizeof(float);  // 256: columns of a strip, at most
 
-// Both return a cudaError_t as int (0: success). stream is a cudaStream_t.
+// What a backward needs of it, 0 where no sum is over more than one block.
+inline size_t workspace_bytes(const PromptGateParams& p) {
+  const LaunchPlan plan = plan_launch(p);
+  const bool is_shared =
+      plan.by_segment || p.by_sample ? plan.grid_x > 1 : plan.grid_x * plan.grid_y > 1;
+  if (!reduces(p) || !is_shared) return 0;
+  const int64_t item = p.out.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t width = plan.by_segment && p.by_channel ? 32 * plan.vector * item : 8;
+  const int64_t blocks =
+      plan.grid_x * (p.by_sample && !plan.by_segment ? p.batch : plan.grid_y) * plan.grid_z;
+  return kTicketBytes + static_cast<size_t>(blocks * width);
+}
+
+// All return a cudaError_t as int (0: success). stream is a cudaStream_t.
 int launch_prompt_gate_fwd(const PromptGateParams& params, void* stream);
 int launch_prompt_gate_bwd(const PromptGateParams& params, void* workspace, void* stream);
 int is_stream_capturing(void* stream, bool* capturing);

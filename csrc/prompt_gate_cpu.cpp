@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels: plain loops over one row, which the compiler vectorises for the instruction sets
-// below.
+// CPU kernels. Each row is widened into buffers of the compute type A (float or double), worked on
+// there by plain loops that the compiler vectorises for the instruction sets below, and rounded
+// back. The buffers stay in the nearest cache; memory is read and written once.
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 // One build serves every x86-64: the loader picks the widest version that the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
@@ -19,184 +21,280 @@
 namespace gated_prompt {
 namespace {
 
-// ---- kernels over one row of n elements ----
-// Strides are in elements. kUnit: all are 1, known at compile time, so that the loop vectorises.
-// h and x may be the same row: each element is read before it is written, so no iteration depends
-// on another, which is what ivdep says.
+// ---- loops over n elements; strides in elements, kUnit: 1, known at compile time ----
 
 template <bool kUnit>
 inline int64_t at(int64_t i, int64_t stride) {
   return kUnit ? i : i * stride;
 }
 
-// h <- g*h + w*x                                              h [n], x [n]
-template <class H, class X, bool kUnit>
-GP_TARGET_CLONES void update_row(H* h, int64_t h_stride, const X* x, int64_t x_stride, int64_t n,
-                                 compute_t<H> g, compute_t<H> w) {
-#pragma GCC ivdep
+template <class T, class A, bool kUnit>  // source [n] -> target [n]
+GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __restrict__ target) {
   for (int64_t i = 0; i < n; ++i) {
-    H& out = h[at<kUnit>(i, h_stride)];
-    out = narrow<H>(update<compute_t<H>>(g, widen(out), w, widen(x[at<kUnit>(i, x_stride)])));
+    target[i] = static_cast<A>(widen(source[at<kUnit>(i, stride)]));
   }
 }
 
-// saved <- (h - x)/2 or h/2                                      h [n], x [n], saved [n] contiguous
-template <class H, class X, bool kUnit>
-GP_TARGET_CLONES void save_row(const H* h, int64_t h_stride, const X* x, int64_t x_stride,
-                               int64_t n, bool mix, H* saved) {
-#pragma GCC ivdep
+template <class T, class A, bool kUnit>  // source [n] -> target [n]
+GP_TARGET_CLONES void store(const A* __restrict__ source, int64_t n, T* target, int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
-    const compute_t<H> h_i = widen(h[at<kUnit>(i, h_stride)]);
-    const compute_t<H> x_i = widen(x[at<kUnit>(i, x_stride)]);
-    saved[i] = narrow<H>(half_derivative(mix, h_i, x_i));
+    target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(source[i]));
   }
 }
 
-// y <- a*t                                                    t [n], y [n]
-template <class T, class Y, bool kUnit>
-GP_TARGET_CLONES void scale_row(const T* t, int64_t t_stride, Y* y, int64_t y_stride, int64_t n,
-                                compute_t<T> a) {
+// From logits [n] (w may be the same array): g [n], w [n], slope [n].
+template <class A>
+GP_TARGET_CLONES void gates(int64_t n, bool mix, A* g, A* w, A* __restrict__ slope) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    y[at<kUnit>(i, y_stride)] =
-        narrow<Y>(static_cast<compute_t<Y>>(a * widen(t[at<kUnit>(i, t_stride)])));
+    const Gate<A> gate = make_gate(w[i]);
+    g[i] = gate.value;
+    w[i] = input_weight(gate, mix);
+    slope[i] = gate.slope;
   }
 }
 
-// sum s*t in kLanes interleaved sums, which are the same lanes whatever the instruction set
-template <class T, bool kUnit>  // s [n] contiguous, t [n]
-GP_TARGET_CLONES double dot_row(const T* s, const T* t, int64_t t_stride, int64_t n) {
+template <class A>  // h <- g*h + w*x
+GP_TARGET_CLONES void update_row(A* __restrict__ h, const A* __restrict__ x,
+                                 const A* __restrict__ g, const A* __restrict__ w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) h[i] = update(g[i], h[i], w[i], x[i]);
+}
+
+template <class A>  // saved <- (h - x)/2 or h
+GP_TARGET_CLONES void derivative_row(const A* __restrict__ h, const A* __restrict__ x, int64_t n,
+                                     bool mix, A* __restrict__ saved) {
+  for (int64_t i = 0; i < n; ++i) saved[i] = saved_derivative(mix, h[i], x[i]);
+}
+
+template <class A>  // t <- t + c
+GP_TARGET_CLONES void add_row(A* __restrict__ t, const A* __restrict__ c, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) t[i] += c[i];
+}
+
+template <class A>  // y <- a*t
+GP_TARGET_CLONES void multiply_row(const A* __restrict__ a, const A* __restrict__ t, int64_t n,
+                                   A* __restrict__ y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = a[i] * t[i];
+}
+
+template <class A>  // s <- gradient of the logit, from s*t
+GP_TARGET_CLONES void logit_row(const A* __restrict__ slope, const A* __restrict__ t, int64_t n,
+                                bool mix, A* __restrict__ s) {
+  for (int64_t i = 0; i < n; ++i) s[i] = logit_gradient(slope[i], s[i] * t[i], mix);
+}
+
+template <class A>  // sum <- sum + s*t
+GP_TARGET_CLONES void multiply_add_row(const A* __restrict__ s, const A* __restrict__ t, int64_t n,
+                                       A* __restrict__ sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += s[i] * t[i];
+}
+
+// Sum of s*t in kLanes interleaved sums, which are the same lanes whatever the instruction set.
+template <class A>
+GP_TARGET_CLONES double dot_row(const A* s, const A* t, int64_t n) {
   constexpr int64_t kLanes = 32;
-  compute_t<T> lanes[kLanes] = {};
+  A lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) {
-      lanes[k] += widen(s[i + k]) * widen(t[at<kUnit>(i + k, t_stride)]);
-    }
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += s[i + k] * t[i + k];
   }
-  for (int64_t k = 0; i + k < n; ++k) {
-    lanes[k] += widen(s[i + k]) * widen(t[at<kUnit>(i + k, t_stride)]);
-  }
+  for (int64_t k = 0; i + k < n; ++k) lanes[k] += s[i + k] * t[i + k];
   double sum = 0;
   for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
   return sum;
 }
 
-// ---- over the rows of some chunks ----
+// ---- rows of any dtype and stride <-> buffers ----
 
 template <class F>
-auto visit(DType dtype, F&& f) {
+void visit(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(BFloat16{});
-    default: return f(Half{});
+    case DType::kFloat64: f(double{}); break;
+    case DType::kFloat32: f(float{}); break;
+    case DType::kBFloat16: f(BFloat16{}); break;
+    case DType::kFloat16: f(Half{}); break;
   }
 }
 
 template <class A>
-Gate<A> read_gate(const PromptGateParams& p) {
-  const double logit = visit(p.gate_dtype, [&](auto type) {
-    return static_cast<double>(widen(*static_cast<const decltype(type)*>(p.gate_logit)));
+void load_row(const Rows& rows, RowIndex row, int64_t n, A* target) {
+  visit(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* source = static_cast<const T*>(rows.data) + offset_of(rows, row);
+    rows.channel_stride == 1 ? load<T, A, true>(source, 1, n, target)
+                             : load<T, A, false>(source, rows.channel_stride, n, target);
   });
-  return make_gate(static_cast<A>(logit));
 }
 
-template <class T>
-T* row_of(const Rows& rows, int64_t b, int64_t r) {
-  return static_cast<T*>(rows.data) + b * rows.batch_stride + r * rows.row_stride;
+template <class A>
+void store_row(const A* source, int64_t n, const Rows& rows, RowIndex row) {
+  visit(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* target = static_cast<T*>(rows.data) + offset_of(rows, row);
+    rows.channel_stride == 1 ? store<T, A, true>(source, n, target, 1)
+                             : store<T, A, false>(source, n, target, rows.channel_stride);
+  });
 }
 
-template <class H, class X, bool kUnit>
-void forward(const PromptGateParams& p, int64_t row_begin, int64_t row_end) {
-  using A = compute_t<H>;
-  const Gate<A> gate = read_gate<A>(p);
-  const A w = input_weight(gate, p.mix);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t b = row / p.length, r = row % p.length;
-    H* h = row_of<H>(p.out, b, r);
-    const X* x = row_of<const X>(p.in, b, r);
-    if (p.saved.data != nullptr) {
-      save_row<H, X, kUnit>(h, p.out.channel_stride, x, p.in.channel_stride, p.dim, p.mix,
-                            row_of<H>(p.saved, b, r));
-    }
-    update_row<H, X, kUnit>(h, p.out.channel_stride, x, p.in.channel_stride, p.dim, gate.value, w);
+// The gate of one row, an element for each channel.
+template <class A>
+struct GateRow {
+  A *g, *w, *slope;  // [D]
+  int64_t width;     // of its logit: D or 1
+
+  void read(const PromptGateParams& p, RowIndex row) {
+    load_row(p.logit, row, width, w);
+    expand(p);
   }
-}
-
-template <class H, class X, bool kUnit>
-double backward(const PromptGateParams& p, int64_t row_begin, int64_t row_end) {
-  using A = compute_t<H>;
-  const Gate<A> gate = read_gate<A>(p);
-  const A w = input_weight(gate, p.mix);
-  double sum = 0;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t b = row / p.length, r = row % p.length;
-    H* grad = row_of<H>(p.out, b, r);
-    const int64_t stride = p.out.channel_stride;
-    if (p.grad_logit != nullptr) {
-      sum += dot_row<H, kUnit>(row_of<const H>(p.saved, b, r), grad, stride, p.dim);
-    }
-    if (p.in.data != nullptr) {
-      scale_row<H, X, kUnit>(grad, stride, row_of<X>(p.in, b, r), p.in.channel_stride, p.dim, w);
-    }
-    if (p.rescale) scale_row<H, H, kUnit>(grad, stride, grad, stride, p.dim, gate.value);
+  void expand(const PromptGateParams& p) {  // w holds the logits
+    gates(width, p.mix, g, w, slope);
+    if (width == p.dim) return;
+    std::fill(g + 1, g + p.dim, *g);
+    std::fill(w + 1, w + p.dim, *w);
   }
-  return sum;
-}
+};
 
-// Calls f(H{}, X{}, unit strides?) for the dtypes of out and in. Mixed pairs are float32 beside a
-// 16-bit type; the bindings admit no other.
+// Calls f(task, segment, first row, end row) with the rows of each task.
 template <class F>
-auto visit_types(const PromptGateParams& p, F&& f) {
-  const bool unit = p.out.channel_stride == 1 && (p.in.data == nullptr || p.in.channel_stride == 1);
-  return visit(p.out.dtype, [&](auto h) {
-    using H = decltype(h);
-    auto call = [&](auto x) {
-      return unit ? f(h, x, std::true_type{}) : f(h, x, std::false_type{});
-    };
-    if constexpr (sizeof(H) == 2) {
-      return p.in.dtype == DType::kFloat32 ? call(float{}) : call(h);
-    } else if constexpr (sizeof(H) == 4) {
-      return p.in.dtype == DType::kBFloat16  ? call(BFloat16{})
-             : p.in.dtype == DType::kFloat16 ? call(Half{})
-                                             : call(h);
-    } else {
-      return call(h);
+void for_each_task(const PromptGateParams& p, int64_t begin, int64_t end, F&& f) {
+  const Segments segments = segments_of(p);
+  const Tasks tasks = tasks_of(p);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t segment = task / tasks.per_segment;
+    const int64_t first = task % tasks.per_segment * tasks.rows;
+    f(task, segment, first, std::min(first + tasks.rows, segments.rows));
+  }
+}
+
+// ---- forward, backward, the sums ----
+
+template <class A>
+void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
+  const int64_t n = p.dim;
+  const Segments segments = segments_of(p);
+  std::vector<A> memory(static_cast<size_t>(7 * n + 1));
+  A *h = memory.data(), *x = h + n, *saved = x + n, *weight = saved + n, *bias = weight + n;
+  GateRow<A> gate{bias + 1, bias + 1 + n, bias + 1 + 2 * n, tasks_of(p).width};
+  const bool is_linear = p.weight.data != nullptr;
+  if (is_linear) load_row(p.weight, {0, 0}, n, weight);
+  if (p.bias.data != nullptr) load_row(p.bias, {0, 0}, 1, bias);
+  for_each_task(p, begin, end, [&](int64_t, int64_t segment, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const RowIndex row = row_of_segment(p, segments, segment, i);
+      load_row(p.out, row, n, h);
+      load_row(p.in, row, n, x);
+      if (is_linear) {
+        gate.w[0] = static_cast<A>(dot_row(h, weight, n)) + *bias;
+        if (p.logit.data != nullptr) store_row(gate.w, 1, p.logit, row);
+        gate.expand(p);
+        if (p.gathered.data != nullptr) store_row(h, n, p.gathered, row);
+      } else if (segments.streamed || i == first) {
+        gate.read(p, row);
+      }
+      if (p.saved.data != nullptr) {
+        derivative_row(h, x, n, p.mix, saved);
+        store_row(saved, n, p.saved, row);
+      }
+      update_row(h, x, gate.g, gate.w, n);
+      store_row(h, n, p.out, row);
     }
   });
+}
+
+template <class A>
+void backward(const PromptGateParams& p, int64_t begin, int64_t end, A* partials) {
+  const int64_t n = p.dim;
+  const Segments segments = segments_of(p);
+  const bool needs_sum = p.grad_logit.data != nullptr || p.grad_bias != nullptr;
+  std::vector<A> memory(static_cast<size_t>(6 * n));
+  A *t = memory.data(), *s = t + n, *y = s + n;
+  GateRow<A> gate{y + n, y + 2 * n, y + 3 * n, tasks_of(p).width};
+  for_each_task(p, begin, end, [&](int64_t task, int64_t segment, int64_t first, int64_t last) {
+    A* const sums = partials == nullptr ? nullptr : partials + task * gate.width;
+    double sum = 0;  // where the logit has one element a row
+    if (sums != nullptr) std::fill(sums, sums + gate.width, A(0));
+    for (int64_t i = first; i < last; ++i) {
+      const RowIndex row = row_of_segment(p, segments, segment, i);
+      if (segments.streamed || i == first) gate.read(p, row);
+      load_row(p.out, row, n, t);
+      if (p.carrier.data != nullptr) {
+        load_row(p.carrier, row, n, y);
+        add_row(t, y, n);
+      }
+      if (needs_sum) {
+        load_row(p.saved, row, n, s);
+        if (!segments.streamed) {
+          p.by_channel ? multiply_add_row(s, t, n, sums) : void(sum += dot_row(s, t, n));
+        } else {
+          if (p.by_channel) {
+            logit_row(gate.slope, t, n, p.mix, s);
+            if (sums != nullptr) add_row(sums, s, n);
+          } else {
+            s[0] = logit_gradient(gate.slope[0], static_cast<A>(dot_row(s, t, n)), p.mix);
+            sum += static_cast<double>(s[0]);
+          }
+          if (p.grad_logit.data != nullptr) store_row(s, gate.width, p.grad_logit, row);
+        }
+      }
+      if (p.in.data != nullptr) {
+        multiply_row(gate.w, t, n, y);
+        store_row(y, n, p.in, row);
+      }
+      if (p.rescale) {
+        multiply_row(gate.g, t, n, y);
+        store_row(y, n, p.out, row);
+      }
+    }
+    if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
+  });
+}
+
+template <class A>
+void finish(const PromptGateParams& p, const A* partials) {
+  const Segments segments = segments_of(p);
+  const Tasks tasks = tasks_of(p);
+  std::vector<double> sums(static_cast<size_t>(tasks.width));
+  std::vector<double> memory(static_cast<size_t>(3 * tasks.width));
+  GateRow<double> gate{memory.data(), memory.data() + tasks.width, memory.data() + 2 * tasks.width,
+                       tasks.width};
+  for (int64_t segment = 0; segment < segments.count; ++segment) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t task = 0; task < tasks.per_segment; ++task, partials += tasks.width) {
+      for (size_t k = 0; k < sums.size(); ++k) sums[k] += static_cast<double>(partials[k]);
+    }
+    if (segments.streamed) {
+      const Rows bias{p.grad_bias, 0, 0, 1,
+                      std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32};
+      store_row(sums.data(), tasks.width, bias, {0, 0});
+      return;
+    }
+    const RowIndex row = row_of_segment(p, segments, segment, 0);
+    load_row(p.logit, row, tasks.width, gate.w);
+    gates(tasks.width, p.mix, gate.g, gate.w, gate.slope);
+    for (size_t k = 0; k < sums.size(); ++k) {
+      sums[k] = logit_gradient(gate.slope[k], sums[k], p.mix);
+    }
+    store_row(sums.data(), tasks.width, p.grad_logit, row);
+  }
 }
 
 }  // namespace
 
-void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t chunk_begin, int64_t chunk_end) {
-  const int64_t step = rows_per_chunk(params), rows = params.batch * params.length;
-  visit_types(params, [&](auto h, auto x, auto unit) {
-    forward<decltype(h), decltype(x), unit.value>(params, chunk_begin * step,
-                                                  std::min(chunk_end * step, rows));
-  });
+void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end) {
+  params.out.dtype == DType::kFloat64 ? forward<double>(params, task_begin, task_end)
+                                      : forward<float>(params, task_begin, task_end);
 }
 
-void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t chunk_begin, int64_t chunk_end,
-                         double* partials) {
-  const int64_t step = rows_per_chunk(params), rows = params.batch * params.length;
-  visit_types(params, [&](auto h, auto x, auto unit) {
-    for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-      const double sum = backward<decltype(h), decltype(x), unit.value>(
-          params, chunk * step, std::min((chunk + 1) * step, rows));
-      if (partials != nullptr) partials[chunk] = sum;
-    }
-  });
+void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end,
+                         void* partials) {
+  params.out.dtype == DType::kFloat64
+      ? backward(params, task_begin, task_end, static_cast<double*>(partials))
+      : backward(params, task_begin, task_end, static_cast<float*>(partials));
 }
 
-void prompt_gate_finish_cpu(const PromptGateParams& params, const double* partials) {
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < num_chunks(params); ++chunk) sum += partials[chunk];
-  const double grad = logit_gradient(read_gate<double>(params), sum);
-  visit(params.gate_dtype, [&](auto type) {
-    using G = decltype(type);
-    *static_cast<G*>(params.grad_logit) = narrow<G>(static_cast<compute_t<G>>(grad));
-  });
+void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials) {
+  params.out.dtype == DType::kFloat64 ? finish(params, static_cast<const double*>(partials))
+                                      : finish(params, static_cast<const float*>(partials));
 }
 
 const char* cpu_instructions() {

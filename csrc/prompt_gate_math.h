@@ -116,24 +116,32 @@ struct Gate {
   A slope;       // dg/dlogit = g * (1 - g)
 };
 
+// 2^n for a normal result (of NaN's n, anything).
+GP_HD float power_of_two(int32_t n) {
+  return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23);
+}
+
 // exp(-t) for t >= 0. In float by its own series, 2^n * exp(r) with |r| <= ln(2)/2, so that host
-// and device give the same bits (their expf differ) and no thread evaluates a double exp, slow on
-// most GPUs.
+// and device give the same bits (their expf differ), that loops over it vectorise, and that no
+// thread evaluates a double exp, slow on most GPUs.
 GP_HD double exp_of_negative(double t) {
   return exp(-t);
 }
 GP_HD float exp_of_negative(float t) {
-  t = t > 110.0f ? 110.0f : t;                 // exp(-104) is already 0; NaN passes through
-  const float n = rintf(t * -0x1.715476p+0f);  // 1/ln(2)
-  const float r =
-      (-t - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln(2) in two parts, the first exact
+  t = t > 110.0f ? 110.0f : t;      // exp(-104) is already 0; NaN passes through
+  const float kRound = 0x1.8p+23f;  // adding it rounds to an integer, kept in the low bits
+  const float shifted = t * -0x1.715476p+0f + kRound;  // 1/ln(2)
+  const int32_t n = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
+  const float n_float = shifted - kRound;
+  const float r = (-t - n_float * 0x1.62e4p-1f) - n_float * 0x1.7f7d1cp-20f;  // ln(2), two parts
   float series = 1.0f / 5040 * r + 1.0f / 720;
   series = series * r + 1.0f / 120;
   series = series * r + 1.0f / 24;
   series = series * r + 1.0f / 6;
   series = series * r + 0.5f;
   series = (series * r) * r + r + 1.0f;
-  return n == n ? ldexpf(series, static_cast<int>(n)) : n;
+  const int32_t first = n < -100 ? -100 : n;  // 2^n by two factors, so that a subnormal result is
+  return series * power_of_two(first) * power_of_two(n - first);  // rounded once
 }
 
 template <class A>
@@ -157,16 +165,18 @@ GP_HD A update(A g, A h, A input_weight, A x) {
   return g * h + input_weight * x;
 }
 
-// What the gradient of the gate needs, d(update)/dg = h - x (mix) or h (residual), halved: the
-// difference of two float16 values may be twice the largest one, and halving is exact.
+// What the gradient of the gate needs of h and x, d(update)/dg up to a factor: (h - x) / 2 (mix) or
+// h (residual). Halved since the difference of two float16 values may be twice the largest one;
+// halving is exact.
 template <class A>
-GP_HD A half_derivative(bool mix, A h, A x) {
-  return mix ? A(0.5) * h - A(0.5) * x : A(0.5) * h;
+GP_HD A saved_derivative(bool mix, A h, A x) {
+  return mix ? A(0.5) * h - A(0.5) * x : h;
 }
 
-// Gradient of the logit from the sum of half_derivative * G.
-GP_HD double logit_gradient(const Gate<double>& gate, double sum) {
-  return 2 * gate.slope * sum;
+// Gradient of a logit whose gate has this slope, from the sum of saved_derivative * G.
+template <class A>
+GP_HD A logit_gradient(A slope, A sum, bool mix) {
+  return (mix ? A(2) : A(1)) * slope * sum;
 }
 
 }  // namespace gated_prompt

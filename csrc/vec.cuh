@@ -54,21 +54,28 @@ struct Pack {
   }
 };
 
-// Sum over the block's threads in a fixed order; the result is valid in thread 0.
+// Sum over the warp's lanes in a fixed order; the result is valid in lane 0.
 template <class A>
-__device__ __forceinline__ A block_sum(A value) {
-  __shared__ A warp_sums[kThreads / 32];
+__device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     value += __shfl_down_sync(0xffffffffu, value, offset);
   }
+  return value;
+}
+
+// Sum over the block's threads in a fixed order; the result is valid in thread 0.
+template <class A>
+__device__ __forceinline__ A block_sum(A value) {
+  __shared__ A warp_sums[kWarps];
+  value = warp_sum(value);
   __syncthreads();  // the previous call's sums have been read
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
   A sum = A(0);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) sum += warp_sums[warp];
+    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
   }
   return sum;
 }

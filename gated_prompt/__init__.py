@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated prompt tuning of frozen Vision Transformers (ICML 2023, arXiv 2306.05067).
 
-The op and its module need torch alone. `wrap` and what follows it need the extra `vit`; they are
+The op and its modules need torch alone. `wrap` and what follows it need the extra `vit`; they are
 imported when first used, so that importing this package stays light.
 """
 
 import importlib
 
-from gated_prompt.functional import prompt_gate, prompt_gate_
-from gated_prompt.modules import PromptGate
+from gated_prompt.functional import (
+    prompt_gate,
+    prompt_gate_,
+    prompt_gate_linear,
+    prompt_gate_linear_,
+)
+from gated_prompt.modules import PromptGate, PromptTokens
 
 __version__ = "0.1.0"
 
@@ -19,7 +24,15 @@ _LAZY = {
     "wrap": "gated_prompt.vit",
 }
 
-__all__ = ["PromptGate", "prompt_gate", "prompt_gate_", *sorted(_LAZY)]
+__all__ = [
+    "PromptGate",
+    "PromptTokens",
+    "prompt_gate",
+    "prompt_gate_",
+    "prompt_gate_linear",
+    "prompt_gate_linear_",
+    *sorted(_LAZY),
+]
 
 
 def __getattr__(name):

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta
 from torch._C._autograd import _get_creation_meta as _creation_meta
 
-from gated_prompt.ops import PromptGateFunction, copy_rows, require_kernels
+from gated_prompt.ops import (
+    PromptGateFunction,
+    PromptGateLinearFunction,
+    copy_rows,
+    linear_logit,
+    require_kernels,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RULES = ("mix", "residual")
@@ -31,24 +37,24 @@ def prompt_gate(
         residual:  out = x + g * h
 
     All other rows are those of block_out, bit for bit. Computed in float32 (float64 for float64)
-    and rounded once to the dtype of block_out.
+    and rounded once to the dtype of block_out; autocast changes nothing.
 
     Args:
         block_out: What the block returned, [B, N, D]; float64, float32, bfloat16 or float16, any
             strides.
         block_in: What the block was given, [B, N, D], of which the prompt rows are read; or these
             rows alone, [B, P, D] or [P, D]. Its dtype may differ from that of block_out.
-        gate_logit: The gate before the sigmoid; any shape that broadcasts to [B, P, D], [] for one
-            gate per block. May be float32 beside bfloat16 activations. A gate of one element runs
-            the kernels; other shapes run the formula in PyTorch's own ops.
+        gate_logit: The gate before the sigmoid; any shape that broadcasts to [B, P, D]: [] one gate
+            per block, [D] per channel, [P, 1] per token, [B, 1, 1] per sample, [P, D], [B, P, D],
+            ... May be float32 beside bfloat16 activations.
         start: First prompt row, in [-N, N]; negative counts from the end.
         length: P, the number of prompt rows.
         rule: "mix" (the paper's convex update) or "residual".
 
     Returns:
-        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in and gate_logit.
+        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in and gate_logit; that of
+        gate_logit is summed in float32 (float64), in a fixed order: the same bits from run to run.
         Second derivatives raise where the kernels ran (use `gated_prompt.reference.prompt_gate`).
-        The gradient of gate_logit is summed in a fixed order: the same bits from run to run.
 
     Raises:
         TypeError: an argument is not a tensor (or int), or its dtype is not one of the four.
@@ -56,17 +62,16 @@ def prompt_gate(
         RuntimeError: devices differ, or there are no kernels for the device.
         NotImplementedError: a tensor is sparse, nested, quantized or mkldnn.
 
-    Source: Yoo et al., ICML 2023, arXiv 2306.05067, section 3.2 (mix).
+    Source: Yoo et al., ICML 2023, arXiv 2306.05067, section 3.2 (mix, scalar gate).
     """
-    start, rows, gate = _checked(
-        "prompt_gate", block_out, block_in, gate_logit, start, length, rule
+    start, rows = _checked(
+        "prompt_gate", block_out, block_in, start, length, rule, gate_logit=gate_logit
     )
     if _is_traced(block_out, block_in, gate_logit):
-        new = _gated_rows(block_out[:, start : start + length], rows, gate, rule)
+        new = _gated_rows(block_out[:, start : start + length], rows, gate_logit, rule)
         return block_out.slice_scatter(new, 1, start, start + length)
-    require_kernels("prompt_gate", block_out.device)
-    _require_storage("prompt_gate", block_out=block_out)  # clone() would read past its end
-    return _apply("prompt_gate", block_out.clone(), rows, gate, start, length, rule)
+    block_out = _own_copy("prompt_gate", block_out)
+    return _apply("prompt_gate", block_out, rows, None, (gate_logit,), start, length, rule)
 
 
 def prompt_gate_(
@@ -76,51 +81,175 @@ def prompt_gate_(
     start: int,
     length: int,
     rule: str = "mix",
-) -> Tensor:
-    """`prompt_gate`, written into block_out: only its prompt rows are read and written. Returns
-    block_out.
+    *,
+    carrier: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`prompt_gate`, written into block_out: only its prompt rows are read and written.
 
     For autograd this is an in-place operation and follows PyTorch's rules: what a ViT block returns
     (a sum) may be overwritten; a leaf that requires grad, or a tensor that an earlier op saved for
     its backward (relu, tanh, softmax), raises PyTorch's error. block_in may not overlap the prompt
     rows of block_out in memory, unless both are the very same elements.
 
-    Args, formula, dtypes, gradients and errors: see `prompt_gate`. Also raises RuntimeError where
-    block_out overlaps itself (an expanded tensor) or is an inference tensor outside inference mode.
+    Args, formula, dtypes, gradients and errors: see `prompt_gate`. Also:
+
+    Args:
+        carrier: Spares the gradient of block_in, which is [B, N, D] and zero but for its prompt
+            rows. [B, P, D]: the gradient of block_in's prompt rows goes here instead. For the first
+            gate it is the prompts as they were inserted; for each next one, what the last returned.
+
+    Returns:
+        block_out; or (block_out, carrier of the next gate) where a carrier was given. That tensor
+        has no values, only a gradient.
+
+    Raises:
+        RuntimeError: also where block_out overlaps itself (an expanded tensor) or is an inference
+            tensor outside inference mode.
     """
-    start, rows, gate = _checked(
-        "prompt_gate_", block_out, block_in, gate_logit, start, length, rule
+    start, rows = _checked(
+        "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
     )
     if _is_traced(block_out, block_in, gate_logit):
-        # copies keep what the products save apart from what is, or may later be, overwritten
-        old = block_out[:, start : start + length]
-        compiled = torch.compiler.is_dynamo_compiling()
-        if compiled and torch.autograd.forward_ad._current_level < 0:
-            old, rows = copy_rows(old), copy_rows(rows)
-        else:
-            old = old.clone()
-        block_out[:, start : start + length] = _gated_rows(old, rows, gate, rule)
-        return block_out
-    require_kernels("prompt_gate_", block_out.device)
-    _require_writable(block_out, rows, gate)
-    return _apply("prompt_gate_", block_out, rows, gate, start, length, rule)
+        h, rows, target = _traced_rows(block_out, rows, start, length)
+        target.copy_(_gated_rows(h, rows, gate_logit, rule))
+        return _traced_result(block_out, carrier, start, length)
+    _require_writable("prompt_gate_", block_out, rows, carrier, gate_logit=gate_logit)
+    return _apply("prompt_gate_", block_out, rows, carrier, (gate_logit,), start, length, rule)
 
 
-def _apply(op, block_out, rows, gate, start, length, rule):
-    if gate.numel() != 1:
-        _require_storage(op, block_out=block_out, block_in=rows, gate_logit=gate)
-        old = block_out[:, start : start + length].clone()
-        block_out[:, start : start + length] = _gated_rows(old, rows, gate, rule)
-        return block_out
+def prompt_gate_linear(
+    block_out: Tensor,
+    block_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: int,
+    length: int,
+    rule: str = "residual",
+) -> Tensor:
+    """`prompt_gate` with a gate that the block's output decides itself; returns a new sequence.
+
+    On the prompt rows, with h the rows of block_out and x the rows of block_in:
+
+        g = sigmoid(h @ weight.T + bias)
+        mix:       out = g * h + (1 - g) * x
+        residual:  out = x + g * h
+
+    All other rows are those of block_out, bit for bit. The product is a GEMM in block_out's dtype,
+    under autocast too, and the rest is computed in float32 (float64 for float64) and rounded once.
+    weight [1, D] needs no GEMM: dot product, sigmoid and update are one pass in float32 (float64).
+
+    Args:
+        block_out, block_in, start, length, rule: See `prompt_gate`.
+        weight: [D, D], a gate for each channel, or [1, D], a gate for each token, as a
+            torch.nn.Linear(D, D) or (D, 1) holds it. May be float32 beside bfloat16 activations.
+        bias: [D] or [1]; None: no bias.
+
+    Returns:
+        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in, weight and bias.
+        Second derivatives raise where the kernels ran (use
+        `gated_prompt.reference.prompt_gate_linear`). Kernels of this package give the same bits
+        from run to run; the GEMMs are PyTorch's, whose results may depend on the number of threads.
+
+    Raises:
+        As `prompt_gate`.
+
+    Source: the linear-sigmoid gate with residual add on the prompt tokens, a variant of Yoo et al.,
+    ICML 2023, arXiv 2306.05067, section 3.2.
+    """
+    start, rows = _checked(
+        "prompt_gate_linear", block_out, block_in, start, length, rule, weight=weight, bias=bias
+    )
+    if _is_traced(block_out, block_in, weight, bias):
+        h = block_out[:, start : start + length]
+        new = _gated_rows(h, rows, linear_logit(h, weight, bias), rule)
+        return block_out.slice_scatter(new, 1, start, start + length)
+    block_out = _own_copy("prompt_gate_linear", block_out)
+    return _apply("prompt_gate_linear", block_out, rows, None, (weight, bias), start, length, rule)
+
+
+def prompt_gate_linear_(
+    block_out: Tensor,
+    block_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: int,
+    length: int,
+    rule: str = "residual",
+    *,
+    carrier: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`prompt_gate_linear`, written into block_out: only its prompt rows are read and written.
+
+    Formula, dtypes and gradients: see `prompt_gate_linear`. What may be overwritten, `carrier`,
+    what is returned and errors: see `prompt_gate_`.
+    """
+    op = "prompt_gate_linear_"
+    start, rows = _checked(
+        op, block_out, block_in, start, length, rule, carrier, weight=weight, bias=bias
+    )
+    if _is_traced(block_out, block_in, weight, bias):
+        h, rows, target = _traced_rows(block_out, rows, start, length)
+        target.copy_(_gated_rows(h, rows, linear_logit(h, weight, bias), rule))
+        return _traced_result(block_out, carrier, start, length)
+    _require_writable(op, block_out, rows, carrier, weight=weight, bias=bias)
+    return _apply(op, block_out, rows, carrier, (weight, bias), start, length, rule)
+
+
+# ---- eager ----
+
+
+def _own_copy(op: str, block_out: Tensor) -> Tensor:
+    require_kernels(op, block_out.device)
+    _require_storage(op, block_out=block_out)  # clone() would read past its end
+    return block_out.clone()
+
+
+def _apply(op, block_out, rows, carrier, gate, start, length, rule):
+    """gate: (gate_logit,), or (weight, bias)."""
     has_kernel = block_out.dtype == rows.dtype or (
         torch.float64 not in (block_out.dtype, rows.dtype)
         and torch.float32 in (block_out.dtype, rows.dtype)
     )
     if not has_kernel:  # float64 beside another dtype, float16 beside bfloat16: rare
-        rows = rows.to(torch.float64 if block_out.dtype == torch.float64 else torch.float32)
-    rows, gate = rows.resolve_neg(), gate.reshape(()).resolve_neg()
-    save = gate.requires_grad and torch.is_grad_enabled()
-    return PromptGateFunction.apply(block_out, rows, gate, start, length, rule == "mix", save)
+        dtype = torch.float64 if block_out.dtype == torch.float64 else torch.float32
+        rows = rows.to(dtype)
+        carrier = None if carrier is None else carrier.to(dtype)
+    gate = [t if t is None or not t.is_neg() else t.resolve_neg() for t in gate]
+    rows, grads = rows.resolve_neg(), torch.is_grad_enabled()
+    carries = carrier is not None and grads and not block_out._is_view()
+    if carrier is not None:
+        rows = rows.detach()
+    arguments = (block_out, rows, carrier, carries, *gate, start, length, rule == "mix")
+    if len(gate) == 1:
+        out = PromptGateFunction.apply(*arguments, grads and gate[0].requires_grad)
+    else:
+        save_rows = grads and gate[0].requires_grad
+        of_bias = gate[1] is not None and gate[1].requires_grad
+        save = save_rows or (grads and (block_out.requires_grad or of_bias))
+        of_rows = rows.requires_grad or (carrier is not None and carrier.requires_grad)
+        saves = (save or (grads and of_rows), save, save_rows)
+        out = PromptGateLinearFunction.apply(*arguments, saves)
+    if carrier is None or carries:
+        return out
+    # autograd allows one output where block_out is a view, and needs none without gradients
+    return out, out[:, start : start + length]
+
+
+# ---- traced ----
+
+
+def _traced_rows(block_out: Tensor, rows: Tensor, start: int, length: int):
+    """h and x, copied from what is, or may later be, overwritten, since the products save them; and
+    the rows to write."""
+    target = block_out[:, start : start + length]
+    if torch.compiler.is_dynamo_compiling() and torch.autograd.forward_ad._current_level < 0:
+        return copy_rows(target), copy_rows(rows), target
+    return target.clone(), rows, target
+
+
+def _traced_result(block_out: Tensor, carrier: Tensor | None, start: int, length: int):
+    # the gradient has gone to block_in; for the next gate it comes back through these rows
+    return block_out if carrier is None else (block_out, block_out[:, start : start + length])
 
 
 def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
@@ -132,8 +261,28 @@ def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
     return new.to(h.dtype)
 
 
-def _require_writable(block_out: Tensor, rows: Tensor, gate: Tensor) -> None:
+def _is_traced(*tensors: Tensor | None) -> bool:
+    """Whether something looks at the ops: torch.compile, export, functorch, forward AD, subclasses.
+
+    A compiler must see aten: an opaque op would keep Inductor from fusing the gate into its
+    neighbours, and a mutating custom op is miscompiled in some aliasing patterns (pytorch#198031,
+    #153389).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+# ---- checks ----
+
+
+def _require_writable(op, block_out, rows, carrier, **gate) -> None:
     """Raises where the result can't be in place; autograd itself does so only after the write."""
+    require_kernels(op, block_out.device)
+    tensors = [t for t in (rows, carrier, *gate.values()) if t is not None]
     if block_out.is_inference() and not torch.is_inference_mode_enabled():
         problem = "an inference tensor, outside inference mode"
     elif block_out.is_neg():
@@ -142,10 +291,11 @@ def _require_writable(block_out: Tensor, rows: Tensor, gate: Tensor) -> None:
         return
     elif block_out.requires_grad and block_out.is_leaf:
         problem = "a leaf that requires grad"
-    elif not (block_out.requires_grad or rows.requires_grad or gate.requires_grad):
+    elif not (block_out.requires_grad or any(t.requires_grad for t in tensors)):
         return
-    elif gate.is_inference():
-        raise RuntimeError("prompt_gate_: gate_logit is an inference tensor and can't be saved")
+    elif any(t is not None and t.is_inference() for t in gate.values()):
+        names = " or ".join(gate)
+        raise RuntimeError(f"{op}: {names} is an inference tensor and can't be saved")
     elif not block_out._is_view():
         return
     elif block_out._base.is_leaf and block_out._base.requires_grad:
@@ -155,7 +305,7 @@ def _require_writable(block_out: Tensor, rows: Tensor, gate: Tensor) -> None:
     else:
         return
     raise RuntimeError(
-        f"prompt_gate_: block_out is {problem}, and can't be written in place; use prompt_gate"
+        f"{op}: block_out is {problem}, and can't be written in place; use {op.rstrip('_')}"
     )
 
 
@@ -173,48 +323,14 @@ def _require_storage(op: str, **tensors: Tensor) -> None:
             )
 
 
-def _is_traced(*tensors: Tensor) -> bool:
-    """Whether something looks at the ops: torch.compile, export, functorch, forward AD, subclasses.
-
-    A compiler must see aten: an opaque op would keep Inductor from fusing the gate into its
-    neighbours, and a mutating custom op is miscompiled in some aliasing patterns (pytorch#198031,
-    #153389).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def _checked(op, block_out, block_in, gate_logit, start, length, rule):
-    """Checks arguments. Returns start >= 0, the rows of block_in [B, P, D], and gate_logit."""
-    for name, tensor in (
-        ("block_out", block_out),
-        ("block_in", block_in),
-        ("gate_logit", gate_logit),
-    ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-            kind = (
-                "nested"
-                if tensor.is_nested
-                else "quantized"
-                if tensor.is_quantized
-                else tensor.layout
-            )
-            raise NotImplementedError(f"{op}: {name} must be a dense strided tensor, got {kind}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-            )
-        if tensor.device != block_out.device:
-            raise RuntimeError(
-                f"{op}: {name} must be on the device of block_out, {block_out.device}, "
-                f"got {tensor.device}"
-            )
+def _checked(op, block_out, block_in, start, length, rule, carrier=None, **gate):
+    """Checks arguments; gate is gate_logit=, or weight= and bias=. Returns start >= 0 and the rows
+    of block_in [B, P, D]."""
+    _check_tensor(op, "block_out", block_out, block_out)
+    _check_tensor(op, "block_in", block_in, block_out)
+    for name, tensor in gate.items():
+        if name != "bias" or tensor is not None:
+            _check_tensor(op, name, tensor, block_out)
     for name, value in (("start", start), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
@@ -252,12 +368,51 @@ def _checked(op, block_out, block_in, gate_logit, start, length, rule):
             f"{op}: block_in must be [B, N, D] = {[batch, num_tokens, dim]}, or the prompt rows "
             f"{[batch, length, dim]} or {[length, dim]}, got {list(block_in.shape)}"
         )
-    if gate_logit.dim() > 0 and not _broadcasts(gate_logit.shape, (batch, length, dim)):
+    if carrier is not None:
+        _check_tensor(op, "carrier", carrier, block_out)
+        if tuple(carrier.shape) != (batch, length, dim) or carrier.dtype != block_in.dtype:
+            raise ValueError(
+                f"{op}: carrier must be [B, P, D] = {[batch, length, dim]} in block_in's dtype "
+                f"{block_in.dtype}, got {list(carrier.shape)} in {carrier.dtype}"
+            )
+    if "gate_logit" in gate:
+        shape = gate["gate_logit"].shape
+        if len(shape) > 0 and not _broadcasts(shape, (batch, length, dim)):
+            raise ValueError(
+                f"{op}: gate_logit must broadcast to [B, P, D] = {[batch, length, dim]}, "
+                f"got {list(shape)}"
+            )
+        return start, rows
+    weight, bias = gate["weight"], gate["bias"]
+    if tuple(weight.shape) not in ((dim, dim), (1, dim)):
         raise ValueError(
-            f"{op}: gate_logit must broadcast to [B, P, D] = {[batch, length, dim]}, "
-            f"got {list(gate_logit.shape)}"
+            f"{op}: weight must be [D, D] or [1, D] with D={dim}, got {list(weight.shape)}"
         )
-    return start, rows, gate_logit
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{op}: bias must be [{weight.shape[0]}], as weight has {weight.shape[0]} rows, "
+            f"got {list(bias.shape)}"
+        )
+    return start, rows
+
+
+def _check_tensor(op, name, tensor, block_out) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = (
+            "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+        )
+        raise NotImplementedError(f"{op}: {name} must be a dense strided tensor, got {kind}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+        )
+    if tensor.device != block_out.device:
+        raise RuntimeError(
+            f"{op}: {name} must be on the device of block_out, {block_out.device}, "
+            f"got {tensor.device}"
+        )
 
 
 def _broadcasts(shape, wanted) -> bool:

@@ -3,47 +3,191 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from gated_prompt.functional import RULES, prompt_gate, prompt_gate_
+from gated_prompt.functional import (
+    RULES,
+    prompt_gate,
+    prompt_gate_,
+    prompt_gate_linear,
+    prompt_gate_linear_,
+)
 
-GATES = ("scalar",)
+GATES = {  # name: shape of its parameter
+    "scalar": (),
+    "channel": ("dim",),
+    "token": ("num_prompts", 1),
+    "full": ("num_prompts", "dim"),
+    "linear": ("dim", "dim"),
+    "linear-token": (1, "dim"),
+}
+POSITIONS = ("start", "end")
+PROMPT_INITS = ("uniform", "normal")
+_CLOSED = -5.0  # sigmoid(-5) = 0.0067
 
 
 class PromptGate(nn.Module):
-    """One learnable gate for the prompt rows of one block; see `gated_prompt.prompt_gate` for the
-    formula.
+    """One learnable gate for the prompt rows of one block.
+
+    Formulas: `gated_prompt.prompt_gate` with a logit of its own, `gated_prompt.prompt_gate_linear`
+    for the gates "linear" and "linear-token".
 
     Attributes:
-        logit: The gate before the sigmoid, a float32 parameter, [] for gate="scalar".
+        logit: The gate before the sigmoid, a float32 parameter; None for the linear gates.
+        weight, bias: Of the linear gates, float32 parameters, [D, D] and [D], or [1, D] and [1];
+            None for the others.
     """
 
-    def __init__(self, gate: str = "scalar", rule: str = "mix", *, init: float = -5.0):
-        """Makes a gate that starts at sigmoid(init).
+    def __init__(
+        self,
+        gate: str = "scalar",
+        rule: str = "mix",
+        *,
+        dim: int | None = None,
+        num_prompts: int | None = None,
+        init: float | None = None,
+    ):
+        """Makes a gate.
 
         Args:
-            gate: "scalar", one gate for all prompt tokens and channels (the paper's).
+            gate: "scalar", one for the block (the paper's); "channel"; "token", one for each
+                prompt; "full", one for each element of the prompts. Or decided at each token by the
+                block's output: "linear", a gate for each channel, "linear-token", one for all.
             rule: "mix": g*h + (1-g)*x. "residual": x + g*h.
-            init: Start of the logit; -5 is a nearly closed gate, g = 0.0067.
+            dim: D; needed by all but "scalar" and "token".
+            num_prompts: P; needed by "token" and "full".
+            init: Start of the logit, or of the linear gates' bias; -5 is a nearly closed gate, g =
+                0.0067. None: -5, but for the linear gates the bias of torch.nn.Linear, as always
+                their weight, so that g starts near 0.5.
         """
         super().__init__()
-        if gate not in GATES:
-            raise ValueError(f"PromptGate: gate must be one of {GATES}, got {gate!r}")
-        if rule not in RULES:
-            raise ValueError(f"PromptGate: rule must be one of {RULES}, got {rule!r}")
+        for name, value, allowed in (("gate", gate, tuple(GATES)), ("rule", rule, RULES)):
+            if value not in allowed:
+                raise ValueError(f"PromptGate: {name} must be one of {allowed}, got {value!r}")
+        sizes = {"dim": dim, "num_prompts": num_prompts}
+        for name in sizes.keys() & set(GATES[gate]):
+            _check_positive_int("PromptGate", name, sizes[name])
+        shape = [sizes.get(size, size) for size in GATES[gate]]
         self.gate, self.rule, self.init = gate, rule, init
-        self.logit = nn.Parameter(torch.empty(()))
+        is_linear = gate.startswith("linear")
+        self.logit = None if is_linear else nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(shape)) if is_linear else None
+        self.bias = nn.Parameter(torch.empty(shape[0])) if is_linear else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.logit, self.init)
+        if self.weight is None:
+            nn.init.constant_(self.logit, _CLOSED if self.init is None else self.init)
+            return
+        bound = 1 / math.sqrt(self.weight.shape[1])  # as torch.nn.Linear, weight and bias
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.init is None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        else:
+            nn.init.constant_(self.bias, self.init)
 
-    def forward(self, block_out: Tensor, block_in: Tensor, start: int, length: int) -> Tensor:
-        """Gates rows [start, start + length) of block_out [B, N, D]; in place unless compiled."""
-        # a compiler fuses the out-of-place form into the ops around it
-        gate = prompt_gate if torch.compiler.is_compiling() else prompt_gate_
-        return gate(block_out, block_in, self.logit, start, length, self.rule)
+    def forward(
+        self,
+        block_out: Tensor,
+        block_in: Tensor,
+        start: int,
+        length: int,
+        carrier: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Gates rows [start, start + length) of block_out [B, N, D]; in place unless compiled.
+
+        carrier: see `gated_prompt.prompt_gate_`; with one, a pair is returned.
+        """
+        gate = (self.logit,) if self.weight is None else (self.weight, self.bias)
+        arguments = (block_out, block_in, *gate, start, length, self.rule)
+        if not torch.compiler.is_compiling():
+            function = prompt_gate_ if self.weight is None else prompt_gate_linear_
+            return function(*arguments, carrier=carrier)
+        # a compiler fuses the out-of-place form into the ops around it, carriers or not
+        out = (prompt_gate if self.weight is None else prompt_gate_linear)(*arguments)
+        return out if carrier is None else (out, out[:, start : start + length])
 
     def extra_repr(self) -> str:
-        return f"{self.gate}, rule={self.rule}, init={self.init}"
+        parameter = self.logit if self.weight is None else self.weight
+        return f"{self.gate} {list(parameter.shape)}, rule={self.rule}, init={self.init}"
+
+
+class PromptTokens(nn.Module):
+    """Learnable prompt tokens, and where they go in a sequence.
+
+    Attributes:
+        tokens: [P, D], a float32 parameter.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        dim: int,
+        *,
+        position: str = "start",
+        dropout: float = 0.1,
+        init: str = "uniform",
+        patch_dim: int = 3 * 16 * 16,
+    ):
+        """Makes the tokens.
+
+        Args:
+            num_prompts: P.
+            dim: D.
+            position: "start", right after the class and register tokens; "end", after the patches.
+            dropout: Probability with which an element of the prompts is zeroed before insertion, in
+                training.
+            init: "uniform" in +-sqrt(6 / (patch_dim + dim)), as VPT does; "normal": standard
+                normal.
+            patch_dim: Values in a patch, channels * height * width; for init="uniform".
+
+        Source: Jia et al., ECCV 2022, arXiv 2203.12119 (VPT).
+        """
+        super().__init__()
+        for name, value in (("num_prompts", num_prompts), ("dim", dim), ("patch_dim", patch_dim)):
+            _check_positive_int("PromptTokens", name, value)
+        for name, value, allowed in (
+            ("position", position, POSITIONS),
+            ("init", init, PROMPT_INITS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"PromptTokens: {name} must be one of {allowed}, got {value!r}")
+        self.position, self.init, self.patch_dim = position, init, patch_dim
+        self.tokens = nn.Parameter(torch.empty(num_prompts, dim))
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "normal":
+            nn.init.normal_(self.tokens)
+            return
+        bound = math.sqrt(6 / (self.patch_dim + self.tokens.shape[1]))
+        nn.init.uniform_(self.tokens, -bound, bound)
+
+    def forward(self, x: Tensor, num_prefix_tokens: int = 1) -> tuple[Tensor, Tensor, int]:
+        """Inserts the tokens.
+
+        Args:
+            x: Class and register tokens, then patches, [B, N, D].
+            num_prefix_tokens: How many of them come before the patches.
+
+        Returns:
+            The sequence [B, N + P, D]; the prompts in it [B, P, D], after dropout, which are the
+            first carrier of `prompt_gate_`; and the position of the first one.
+        """
+        start = num_prefix_tokens if self.position == "start" else x.shape[1]
+        prompts = self.dropout(self.tokens.expand(len(x), -1, -1)).to(x.dtype)
+        return torch.cat([x[:, :start], prompts, x[:, start:]], dim=1), prompts, start
+
+    def extra_repr(self) -> str:
+        return f"{list(self.tokens.shape)}, position={self.position}, init={self.init}"
+
+
+def _check_positive_int(owner: str, name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")

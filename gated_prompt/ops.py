@@ -7,8 +7,14 @@ arguments.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import sys
+
 import torch
 
+_REUSES_GRADIENTS = os.environ.get("GATED_PROMPT_REUSE_GRADIENTS", "1") != "0"  # for debugging
 BUILD_HINT = "run `pip install .` in the source tree (docs/building.md)"
 
 try:
@@ -54,13 +60,32 @@ def _(block_out, block_in, gate_logit, start, length, mix, save):
     return block_out.new_empty((batch, length, dim) if save else (0,))
 
 
+@torch.library.register_fake("gated_prompt::prompt_gate_linear_token_fwd_")
+def _(
+    block_out, block_in, weight, bias, start, length, mix, save_logit, save_derivative, save_rows
+):  # fmt: skip
+    batch, _, dim = block_out.shape
+    dtype = torch.promote_types(block_out.dtype, torch.float32)
+    return (
+        block_out.new_empty((batch, length, 1) if save_logit else (0,), dtype=dtype),
+        block_out.new_empty((batch, length, dim) if save_derivative else (0,)),
+        block_out.new_empty((batch, length, dim) if save_rows else (0,)),
+    )
+
+
 @torch.library.register_fake("gated_prompt::prompt_gate_bwd_")
 def _(
-    grad_out, saved, gate_logit, start, length, mix, need_out, need_in, need_logit, in_dtype
+    grad_out, saved, gate_logit, grad_carrier, start, length, mix,
+    need_out, need_in, need_logit, need_bias, in_dtype,
 ):  # fmt: skip
     batch, _, dim = grad_out.shape
-    grad_in = grad_out.new_empty((batch, length, dim) if need_in else (0,), dtype=in_dtype)
-    return grad_in, gate_logit.new_empty(() if need_logit else (0,))
+    by_channel = gate_logit.dim() > 0 and gate_logit.shape[-1] != 1
+    width = 0 if not need_bias else dim if by_channel else 1
+    return (
+        grad_out.new_empty((batch, length, dim) if need_in else (0,), dtype=in_dtype),
+        gate_logit.new_empty(gate_logit.shape if need_logit else (0,)),
+        grad_out.new_empty((width,), dtype=torch.promote_types(grad_out.dtype, torch.float32)),
+    )
 
 
 @torch.library.custom_op("gated_prompt::copy_rows", mutates_args=())
@@ -82,63 +107,236 @@ copy_rows.register_autograd(lambda ctx, grad: grad)
 copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]))
 
 
+# ---- whose a gradient is ----
+#
+# A backward may rescale the incoming gradient in place, instead of a copy, only if nothing else can
+# see it. What PyTorch's engine hands over and keeps nowhere else has the same three reference
+# counts each time; a gradient that is also on its way to another node, was handed in by the caller,
+# is kept by a hook, or is a view of something has others.
+
+
+def _counts(grad):
+    """(uses of the tensor, uses of its storage, references from Python); None: can't be told."""
+    if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad):
+        return None
+    storage = grad.untyped_storage()
+    return grad._use_count(), torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(grad)
+
+
+class _Probe(torch.autograd.Function):
+    """Measures the counts of a gradient that is nobody else's, called as our own backwards are."""
+
+    counts = None  # None: not measured yet
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad, unused=None):
+        _Probe.counts = _counts(grad)
+        return grad
+
+
+def _is_observed() -> bool:
+    """Whether Python looks on at each op (FakeTensorMode, FlopCounterMode): counts differ then."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _measure_counts() -> None:
+    if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled() or _is_observed():
+        return
+    with torch.enable_grad():  # nothing here saves a tensor: hooks of the caller see none
+        leaf = torch.zeros((), requires_grad=True)
+        _Probe.apply(leaf.clone()).neg().sum().backward()  # neg makes a gradient of its own
+
+
+def _is_reusable(grad, counts) -> bool:
+    return (
+        counts is not None
+        and counts == _Probe.counts
+        and _REUSES_GRADIENTS
+        and not grad.requires_grad
+        and not torch.is_grad_enabled()
+        and grad.is_contiguous()
+        and not grad.is_neg()
+        and not _is_observed()
+        and not torch.compiler.is_compiling()
+    )
+
+
+# ---- autograd ----
+
+
 class PromptGateFunction(torch.autograd.Function):
     """The gate on rows [start, start + length) of block_out [B, N, D], in place.
 
-    block_in [B, P, D] holds the prompt rows alone; gate_logit is []. Between forward and backward
-    one [B, P, D] tensor lives, (h - x) / 2 (mix) or h / 2 (residual), and only if `save`, that is
-    if the gate needs a gradient. It is not rebuilt from the result: with g = 4.5e-5 that division
-    loses every digit of bfloat16.
+    rows [B, P, D] are the prompt rows of block_in; gate_logit broadcasts to [B, P, D]. carrier, if
+    it is not None, receives the gradient of `rows`; if `carries`, another carrier [B, P, D] is
+    returned beside block_out: it has no values, only a gradient, that of the updated rows, for the
+    next gate. Between forward and backward one [B, P, D] tensor lives, (h - x) / 2 (mix) or h
+    (residual), and only if `save`, that is if the gate needs a gradient. It is not rebuilt from the
+    result: with g = 4.5e-5 that division loses every digit of bfloat16.
     """
 
     @staticmethod
-    def forward(ctx, block_out, block_in, gate_logit, start, length, mix, save):
+    def forward(ctx, block_out, rows, carrier, carries, gate_logit, start, length, mix, save):
         saved = torch.ops.gated_prompt.prompt_gate_fwd_(
-            block_out, block_in, gate_logit, start, length, mix, save
+            block_out, rows, gate_logit, start, length, mix, save
         )
-        ctx.mark_dirty(block_out)
         ctx.save_for_backward(saved, gate_logit)
-        ctx.start, ctx.length, ctx.mix, ctx.in_dtype = start, length, mix, block_in.dtype
-        return block_out
+        return _outputs(ctx, block_out, rows, carries, start, length, mix)
 
     @staticmethod
-    def backward(ctx, grad_out):
-        needs = ctx.needs_input_grad[:3]
-        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
-        with torch.no_grad():
-            grads = (_batched_backward if is_batched else _kernel_backward)(ctx, grad_out, *needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
-            anchor = torch.empty((), requires_grad=True)
-            guarded = _NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None))
-            guarded = iter(guarded)
-            grads = [None if grad is None else next(guarded) for grad in grads]
-        return (*grads, *[None] * 5)
+    def backward(ctx, grad_out, grad_carrier=None):
+        counts = _counts(grad_out)
+        return _backward(ctx, grad_out, grad_carrier, counts, _gate_gradients)
 
 
-def _kernel_backward(ctx, grad_out, need_out, need_in, need_logit):
-    saved, gate_logit = ctx.saved_tensors
-    grad_out = grad_out.resolve_neg()
-    if need_out:  # its rows are rescaled in place, and the incoming gradient may be shared
+class PromptGateLinearFunction(torch.autograd.Function):
+    """`PromptGateFunction` with gate_logit = h @ weight.T + bias, h the prompt rows of block_out.
+
+    weight is [D, D] or [1, D]. Between forward and backward live the logit, [B, P, D] or [B, P, 1];
+    what block_out, weight and bias need of h and x, see there; and, for weight, h [B, P, D], which
+    for the rule residual is the same. `saves` says which of the three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, block_out, rows, carrier, carries, weight, bias, start, length, mix, saves
+    ):  # fmt: skip
+        save_logit, save, save_rows = saves
+        if weight.shape[0] == 1:
+            logit, saved, h = torch.ops.gated_prompt.prompt_gate_linear_token_fwd_(
+                block_out, rows, weight[0], bias, start, length, mix,
+                save_logit, save, save_rows and mix,
+            )  # fmt: skip
+        else:
+            h = block_out[:, start : start + length].clone(memory_format=torch.contiguous_format)
+            logit = linear_logit(h, weight, bias)
+            saved = torch.ops.gated_prompt.prompt_gate_fwd_(
+                block_out, rows, logit, start, length, mix, save and mix
+            )
+            if save and not mix:
+                saved = h
+        # for the rule residual, `saved` is h itself
+        ctx.save_for_backward(logit, saved, weight, *((h,) if save_rows and mix else ()))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _outputs(ctx, block_out, rows, carries, start, length, mix)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_carrier=None):
+        counts = _counts(grad_out)
+        return _backward(ctx, grad_out, grad_carrier, counts, _linear_gradients)
+
+
+def linear_logit(h, weight, bias):
+    """h @ weight.T + bias in h's dtype, for weight [1, D] in float32 (float64); autocast or not."""
+    dtype = h.dtype if weight.shape[0] != 1 else torch.promote_types(h.dtype, torch.float32)
+    bias = None if bias is None else bias.to(dtype)
+    with _no_autocast(h.device.type):
+        return torch.nn.functional.linear(h.to(dtype), weight.to(dtype), bias)
+
+
+def _no_autocast(device_type):
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _outputs(ctx, block_out, rows, carries, start, length, mix):
+    if _Probe.counts is None:
+        _measure_counts()
+    ctx.mark_dirty(block_out)
+    ctx.set_materialize_grads(False)
+    ctx.start, ctx.length, ctx.mix, ctx.in_dtype = start, length, mix, rows.dtype
+    if not carries:
+        return block_out
+    ctx.like = block_out.shape, block_out.dtype, block_out.device
+    return block_out, block_out.new_empty(()).expand(rows.shape)
+
+
+def _backward(ctx, grad_out, grad_carrier, counts, gradients):
+    need_out, need_rows, need_carrier = ctx.needs_input_grad[:3]
+    incoming = [grad for grad in (grad_out, grad_carrier) if grad is not None]
+    if not incoming:
+        return (None,) * len(ctx.needs_input_grad)
+    if grad_out is None:  # of the sequence nothing was used but its carrier
+        shape, dtype, device = ctx.like
+        grad_out = torch.zeros(shape, dtype=dtype, device=device)
+    is_batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in incoming)
+    if need_out and not is_batched and not _is_reusable(grad_out, counts):
+        # its rows are rescaled in place
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-    grad_in, grad_logit = torch.ops.gated_prompt.prompt_gate_bwd_(
-        grad_out, saved, gate_logit, ctx.start, ctx.length, ctx.mix,
-        need_out, need_in, need_logit, ctx.in_dtype,
-    )  # fmt: skip
-    return grad_out, grad_in, grad_logit
+    given = (ctx, grad_out.resolve_neg(), grad_carrier, need_out, need_rows or need_carrier)
+    bwd = functools.partial(_bwd_in_aten if is_batched else _bwd_kernel, *given)
+    with torch.no_grad(), _no_autocast(grad_out.device.type):
+        grad_out, grad_in, *of_gate = gradients(ctx, bwd)
+    grads = [grad_out, grad_in, grad_in, None, *of_gate]
+    grads += [None] * (len(ctx.needs_input_grad) - len(grads))
+    grads = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True)]
+    if torch.is_grad_enabled():  # create_graph=True
+        anchor = torch.empty((), requires_grad=True)
+        guarded = _NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None))
+        guarded = iter(guarded)
+        grads = [None if grad is None else next(guarded) for grad in grads]
+    return tuple(grads)
 
 
-def _batched_backward(ctx, grad_out, need_out, need_in, need_logit):
-    """The same in aten, for is_grads_batched=True, which maps it over many incoming gradients."""
+def _gate_gradients(ctx, bwd):
     saved, gate_logit = ctx.saved_tensors
+    return bwd(saved, gate_logit, ctx.needs_input_grad[4], False)[:3]
+
+
+def _linear_gradients(ctx, bwd):
+    logit, saved, weight, *kept = ctx.saved_tensors
+    need_out, (need_weight, need_bias) = ctx.needs_input_grad[0], ctx.needs_input_grad[4:6]
+    grad_out, grad_in, grad_logit, grad_bias = bwd(saved, logit, need_out or need_weight, need_bias)
+    if need_out:  # h changes the logit, too
+        rows = grad_out[:, ctx.start : ctx.start + ctx.length]
+        cast = weight.to(rows.dtype)
+        if torch._C._functorch.is_legacy_batchedtensor(grad_out):
+            rows += grad_logit.to(rows.dtype) @ cast
+        elif weight.shape[0] == 1:
+            rows.addcmul_(grad_logit.to(rows.dtype), cast)
+        else:
+            rows.baddbmm_(grad_logit, cast.expand(len(rows), -1, -1))
+    grad_weight = None
+    if need_weight:
+        h = (kept[0] if kept else saved).flatten(0, 1)
+        grad_weight = (grad_logit.flatten(0, 1).to(h.dtype).T @ h).to(weight.dtype)
+    return grad_out, grad_in, grad_weight, grad_bias.to(ctx.bias_dtype) if need_bias else None
+
+
+def _bwd_kernel(
+    ctx, grad_out, grad_carrier, need_out, need_in, saved, gate_logit, need_logit, need_bias
+):  # fmt: skip
+    grads = torch.ops.gated_prompt.prompt_gate_bwd_(
+        grad_out, saved, gate_logit, grad_carrier, ctx.start, ctx.length, ctx.mix,
+        need_out, need_in, need_logit, need_bias, ctx.in_dtype,
+    )  # fmt: skip
+    return grad_out, *grads
+
+
+def _bwd_in_aten(
+    ctx, grad_out, grad_carrier, need_out, need_in, saved, gate_logit, need_logit, need_bias
+):  # fmt: skip
+    """The same for is_grads_batched=True, which maps it over many incoming gradients."""
     dtype = torch.promote_types(grad_out.dtype, torch.float32)
     rows = grad_out[:, ctx.start : ctx.start + ctx.length].to(dtype)
+    rows = rows if grad_carrier is None else rows + grad_carrier.to(dtype)
     g = gate_logit.to(dtype).sigmoid()
-    grad_in = (1 - g if ctx.mix else 1) * rows
+    grad_in = ((1 - g if ctx.mix else 1) * rows).to(ctx.in_dtype)
     grad_rows = (g * rows).to(grad_out.dtype)
     grad_out = grad_out.slice_scatter(grad_rows, 1, ctx.start, ctx.start + ctx.length)
-    grad_logit = 2 * g * (1 - g) * (saved.to(dtype) * rows).sum() if need_logit else g
-    return grad_out, grad_in.to(ctx.in_dtype), grad_logit.to(gate_logit.dtype)
+    grad_logit = grad_bias = None
+    if need_logit or need_bias:
+        grad_logit = (2 if ctx.mix else 1) * g * (1 - g) * saved.to(dtype) * rows
+        own = gate_logit.shape
+        grad_logit = grad_logit.sum_to_size(own)
+        grad_bias = grad_logit.sum((0, 1)) if need_bias else None
+        grad_logit = grad_logit.to(gate_logit.dtype)
+    return grad_out, grad_in, grad_logit, grad_bias
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -157,7 +355,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError(
             "prompt_gate: the kernels have no second derivative; "
-            "use gated_prompt.reference.prompt_gate"
+            "use gated_prompt.reference.prompt_gate (prompt_gate_linear)"
         )
 
 

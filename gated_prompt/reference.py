@@ -30,3 +30,19 @@ def prompt_gate(block_out, block_in, gate_logit, start, length, rule="mix"):
     g = torch.sigmoid(gate_logit)
     prompts = g * h + (1 - g) * x if rule == "mix" else x + g * h
     return torch.cat([before, prompts.to(block_out.dtype), after], dim=1)
+
+
+def prompt_gate_linear(block_out, block_in, weight, bias, start, length, rule="residual"):
+    """`gated_prompt.prompt_gate_linear`: the gate is a linear map of the block's own prompt rows.
+
+    Args:
+        block_out, block_in, start, length, rule: see `prompt_gate`.
+        weight: [D, D] or [1, D].
+        bias: [D] or [1], or None.
+    """
+    first = start if start >= 0 else start + block_out.shape[1]
+    h = block_out[:, first : first + length]
+    logit = torch.einsum("bpd,kd->bpk", h, weight.to(h.dtype))
+    if bias is not None:
+        logit = logit + bias
+    return prompt_gate(block_out, block_in, logit, start, length, rule)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gated_prompt.attention import BACKENDS, TEMPERATURE_RANGE, TemperedAttention
-from gated_prompt.modules import PromptGate
+from gated_prompt.modules import POSITIONS, PROMPT_INITS, PromptGate, PromptTokens
 
 METHODS = ("linear", "vpt-shallow", "gpt")
 _MARK = "_is_wrapped_by_gated_prompt"  # on the timm model, while it is
@@ -24,7 +24,7 @@ def wrap(
     num_prompts: int = 100,
     gate: str = "scalar",
     rule: str = "mix",
-    gate_init: float = -5.0,
+    gate_init: float | None = None,
     gated_blocks: int | None = None,
     temperature: bool | float = True,
     prompt_position: str = "start",
@@ -44,15 +44,14 @@ def wrap(
         method: "linear" (the head alone), "vpt-shallow" (prompts at the first block and the head),
             "gpt" (prompts, a gate per block, a temperature per block, and the head).
         num_prompts: P. Not used by "linear".
-        gate, rule, gate_init: See `PromptGate`; "gpt" only.
+        gate, rule: See `PromptGate`; "gpt" only.
+        gate_init: The `init` of `PromptGate`; None: nearly closed, -5, but for the linear gates,
+            which start near 0.5.
         gated_blocks: How many blocks, from the first, have a gate. None: all but the last
             (rule="mix"), all (rule="residual").
         temperature: "gpt" only. True: learnable in every block, from 1. False: 1. A float: that
             constant.
-        prompt_position: "start", after the class and register tokens; "end", after the patches.
-        prompt_dropout: Dropout probability on the prompts before they are inserted.
-        prompt_init: "uniform" in +-sqrt(6 / (fan_in + D)), fan_in of the patch embedding (VPT's);
-            "normal", standard normal.
+        prompt_position, prompt_dropout, prompt_init: See `PromptTokens`.
         pool: What the head reads. "cls": the class token. "patch", "prompt", "prompt+patch": the
             mean of these tokens. The backbone's own final norm comes after. None: "prompt+patch"
             for a backbone tagged MAE in timm (as in the paper), else what the backbone was built
@@ -96,8 +95,8 @@ def wrap(
         raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")
     for name, value, allowed in (
         ("method", method, METHODS),
-        ("prompt_position", prompt_position, ("start", "end")),
-        ("prompt_init", prompt_init, ("uniform", "normal")),
+        ("prompt_position", prompt_position, POSITIONS),
+        ("prompt_init", prompt_init, PROMPT_INITS),
         ("pool", pool, (None, *POOLS)),
         ("attention", attention, BACKENDS),
     ):
@@ -124,15 +123,24 @@ def wrap(
         low, high = TEMPERATURE_RANGE
         if not low <= start <= high:
             raise ValueError(f"wrap: temperature must be in [{low}, {high}], got {temperature}")
-    # what raises up to and including these two leaves vit as it was
-    gates = [PromptGate(gate, rule, init=gate_init) for _ in range(gated_blocks)]
+    # what raises up to and including these leaves vit as it was
+    sizes = {"dim": vit.embed_dim, "num_prompts": num_prompts}
+    gates = [PromptGate(gate, rule, init=gate_init, **sizes) for _ in range(gated_blocks)]
     replacements = [
         TemperedAttention(getattr(block, "attn", None), start, temperature is True, attention)
         for block in (vit.blocks if temperature is not False else ())
     ]
-    model = GatedPromptViT(vit, method, num_prompts, gates, prompt_position, prompt_dropout, pool)
-    if model.prompts is not None:
-        _init_prompts(model.prompts, vit, prompt_init)
+    prompts = None
+    if num_prompts:
+        prompts = PromptTokens(
+            num_prompts,
+            vit.embed_dim,
+            position=prompt_position,
+            dropout=prompt_dropout,
+            init=prompt_init,
+            patch_dim=vit.patch_embed.proj.weight[0].numel(),
+        )
+    model = GatedPromptViT(vit, method, prompts, gates, pool)
     for block, replacement in zip(vit.blocks, replacements, strict=False):
         block.attn = replacement
     setattr(vit, _MARK, True)
@@ -167,36 +175,33 @@ class GatedPromptViT(nn.Module):
 
     Attributes:
         backbone: The timm model, frozen and always in eval mode.
-        prompts: [P, D], or None.
+        prompts: `PromptTokens`, or None.
         gates: A `PromptGate` for each of the first blocks.
         head: The classifier.
     """
 
-    def __init__(self, vit, method, num_prompts, gates, prompt_position, prompt_dropout, pool):
+    def __init__(self, vit, method, prompts, gates, pool):
         super().__init__()
-        self.method, self.num_prompts, self.pool = method, num_prompts, pool
-        self.prompt_position = prompt_position
+        self.method, self.pool = method, pool
         self._requires_grad_before = [(p, p.requires_grad) for p in vit.parameters()]
         self._training_before = [(m, m.training) for m in vit.modules()]
         self.backbone = vit.requires_grad_(False).eval()
         weight = next(vit.parameters())
-        factory = {"device": weight.device, "dtype": weight.dtype}
-        self.prompts = (
-            nn.Parameter(torch.empty(num_prompts, vit.embed_dim, **factory))
-            if num_prompts
-            else None
-        )
-        self.prompt_dropout = nn.Dropout(prompt_dropout)
+        self.prompts = None if prompts is None else prompts.to(weight.device, weight.dtype)
         self.gates = nn.ModuleList(gates).to(weight.device)
         self.reset_classifier(vit.num_classes)
+
+    @property
+    def num_prompts(self) -> int:
+        return 0 if self.prompts is None else len(self.prompts.tokens)
 
     # ---- timm's face ----
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: class token, registers, and prompts at the start."""
-        at_start = self.num_prompts if self.prompt_position == "start" else 0
-        return self.backbone.num_prefix_tokens + at_start
+        at_start = self.prompts is not None and self.prompts.position == "start"
+        return self.backbone.num_prefix_tokens + (self.num_prompts if at_start else 0)
 
     @property
     def num_classes(self) -> int:
@@ -234,31 +239,31 @@ class GatedPromptViT(nn.Module):
         """
         vit = self.backbone
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        start = vit.num_prefix_tokens if self.prompt_position == "start" else x.shape[1]
+        carrier = start = None
         if self.prompts is not None:
-            prompts = self.prompt_dropout(self.prompts.expand(len(x), -1, -1)).to(x.dtype)
-            x = torch.cat([x[:, :start], prompts, x[:, start:]], dim=1)
+            x, carrier, start = self.prompts(x, vit.num_prefix_tokens)
         for index in range(len(vit.blocks)):
+            arguments = (x, carrier, index, start)
             if vit.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._gated_block, x, index, start, use_reentrant=False)
+                x, carrier = checkpoint(self._gated_block, *arguments, use_reentrant=False)
             else:
-                x = self._gated_block(x, index, start)
+                x, carrier = self._gated_block(*arguments)
         return x
 
-    def _gated_block(self, x: Tensor, index: int, start: int) -> Tensor:
-        """Block `index` and its gate, if it has one: [B, N, D] -> [B, N, D]."""
+    def _gated_block(self, x: Tensor, carrier: Tensor | None, index: int, start: int | None):
+        """Block `index` and its gate, if it has one: x [B, N, D] and the carrier of the prompts'
+        gradient (see `prompt_gate_`) -> the same after it."""
         out = self.backbone.blocks[index](x)
         if index < len(self.gates):
-            out = self.gates[index](out, x, start, self.num_prompts)
-        return out
+            return self.gates[index](out, x, start, self.num_prompts, carrier)
+        return out, carrier
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, N, D] -> logits [B, classes]; pre_logits=True: pooled, normed [B, D]."""
         first = self.backbone.num_prefix_tokens
-        at_start = self.prompt_position == "start"
         prompts = slice(first, first + self.num_prompts)
         patches = slice(first + self.num_prompts, None)
-        if not at_start:
+        if self.prompts is not None and self.prompts.position == "end":
             border = x.shape[1] - self.num_prompts
             prompts, patches = slice(border, None), slice(first, border)
         if self.pool == "cls":
@@ -301,7 +306,7 @@ class GatedPromptViT(nn.Module):
     ) -> list[dict]:
         """Optimiser groups "prompts", "gates", "temperatures", "head"; a rate of None is `lr`."""
         groups = (
-            ("prompts", [] if self.prompts is None else [self.prompts], None),
+            ("prompts", [] if self.prompts is None else [self.prompts.tokens], None),
             ("gates", list(self.gates.parameters()), gate_lr),
             ("temperatures", self.temperatures, temperature_lr),
             ("head", list(self.head.parameters()), head_lr),
@@ -322,14 +327,16 @@ class GatedPromptViT(nn.Module):
         """What was learned, as floats.
 
         Returns:
-            "gates": g_l of each gated block. "temperatures": tau_l of each block where it is
-            learned, clamped. "selection": for rule "mix", the weight in the prompts after the last
-            gate of the initial prompts, prod_l (1 - g_l), then of each gated block,
-            g_l * prod_{k>l} (1 - g_k); they sum to 1.
+            "gates": g_l of each gated block, the mean where a gate has several elements; empty for
+            the linear gates, which depend on the tokens. "temperatures": tau_l of each block where
+            it is learned, clamped. "selection": for scalar gates of rule "mix", the weight in the
+            prompts after the last gate of the initial prompts, prod_l (1 - g_l), then of each gated
+            block, g_l * prod_{k>l} (1 - g_k); they sum to 1.
         """
-        gates = [gate.logit.double().sigmoid().item() for gate in self.gates]
+        logits = [gate.logit for gate in self.gates if gate.logit is not None]
+        gates = [logit.double().sigmoid().mean().item() for logit in logits]
         selection = []
-        if gates and self.gates[0].rule == "mix":
+        if gates and self.gates[0].rule == "mix" and self.gates[0].gate == "scalar":
             passed = 1.0
             for g in reversed(gates):
                 selection.insert(0, g * passed)
@@ -352,12 +359,3 @@ def _default_pool(vit: nn.Module) -> str:
         f"wrap: pool must be one of {POOLS} for a backbone with global_pool={vit.global_pool!r} "
         f"and final norm {type(vit.norm).__name__}, got None"
     )
-
-
-def _init_prompts(prompts: Tensor, vit: nn.Module, how: str) -> None:
-    if how == "normal":
-        nn.init.normal_(prompts)
-        return
-    fan_in = vit.patch_embed.proj.weight[0].numel()  # channels * patch height * patch width
-    bound = math.sqrt(6 / (fan_in + vit.embed_dim))
-    nn.init.uniform_(prompts, -bound, bound)

@@ -140,7 +140,7 @@ def test_empty_training_set_is_refused(wrapped):
 def test_evaluate_counts_in_eval_mode_and_puts_the_mode_back(wrapped, train_set):
     images, labels = train_set.tensors
     model = wrapped("vpt-shallow").eval()
-    model.prompt_dropout.p = 0.9
+    model.prompts.dropout.p = 0.9
     with torch.no_grad():
         right = (model(images).argmax(-1) == labels).sum().item()
     model.train()

@@ -37,9 +37,10 @@ def restated(model, images):
     x = x.flatten(2).transpose(1, 2)
     prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
     x = torch.cat([token.expand(batch, -1, -1) for token in prefix] + [x], dim=1) + vit.pos_embed
-    first = vit.num_prefix_tokens if model.prompt_position == "start" else x.shape[1]
+    at_end = model.prompts is not None and model.prompts.position == "end"
+    first = x.shape[1] if at_end else vit.num_prefix_tokens
     if prompts:
-        inserted = model.prompts.expand(batch, -1, -1)
+        inserted = model.prompts.tokens.expand(batch, -1, -1)
         x = torch.cat([x[:, :first], inserted, x[:, first:]], dim=1)
     for index, block in enumerate(vit.blocks):
         attn = (
@@ -58,9 +59,11 @@ def restated(model, images):
         y = F.gelu(F.linear(y, block.mlp.fc1.weight, block.mlp.fc1.bias))
         h = h + block.ls2.gamma * F.linear(y, block.mlp.fc2.weight, block.mlp.fc2.bias)
         if index < len(model.gates):
-            g = torch.sigmoid(model.gates[index].logit)
+            gate = model.gates[index]
             old, new = x[:, first : first + prompts], h[:, first : first + prompts]
-            mixed = g * new + (1 - g) * old if model.gates[index].rule == "mix" else old + g * new
+            logit = F.linear(new, gate.weight, gate.bias) if gate.logit is None else gate.logit
+            g = torch.sigmoid(logit)
+            mixed = g * new + (1 - g) * old if gate.rule == "mix" else old + g * new
             h = torch.cat([h[:, :first], mixed, h[:, first + prompts :]], dim=1)
         x = h
     assert depth == index + 1
@@ -87,12 +90,17 @@ def randomise(model, logit=None):
     """Gates, temperatures and prompts away from their start, so that a mix-up would show."""
     with torch.no_grad():
         for index, gate in enumerate(model.gates):
-            gate.logit.fill_(0.7 * index - 0.8 if logit is None else logit)
+            if gate.logit is not None:
+                noise = 0.3 * torch.randn(gate.logit.shape)
+                gate.logit.copy_(0.7 * index - 0.8 + noise if logit is None else logit)
         for index, temperature in enumerate(model.temperatures):
             temperature.fill_(0.6 + 0.5 * index)
     return model.double().train()
 
 
+SECOND_SYSTEM = {
+    "gate": "linear", "rule": "residual", "prompt_position": "end", "prompt_init": "normal",
+}  # fmt: skip
 OPTIONS = [
     {"method": "linear"},
     {"method": "linear", "pool": "patch"},
@@ -103,6 +111,12 @@ OPTIONS = [
     {"method": "gpt", "pool": "prompt+patch"},
     {"method": "gpt", "pool": "patch", "prompt_position": "end"},
     {"method": "gpt", "pool": "prompt+patch", "prompt_position": "end", "rule": "residual"},
+    {"method": "gpt", "gate": "channel"},
+    {"method": "gpt", "gate": "token", "rule": "residual", "pool": "prompt"},
+    {"method": "gpt", "gate": "full"},
+    {"method": "gpt", "gate": "linear", "rule": "mix"},
+    {"method": "gpt", "gate": "linear-token", "rule": "residual", "pool": "prompt+patch"},
+    {**SECOND_SYSTEM, "pool": "prompt+patch"},
     {"method": "gpt", "gated_blocks": 1},
     {"method": "gpt", "gated_blocks": 3, "pool": "prompt"},
     {"method": "gpt", "gated_blocks": 0},
@@ -184,6 +198,74 @@ def test_gradient_checkpointing_gives_the_same_and_saves_less():
     assert saved[1] < saved[0] / 2
 
 
+def saved_bytes(function):
+    """Bytes of the storages that autograd keeps for backward, and the result."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(storages.values()), result
+
+
+def test_a_gate_saves_one_slice_and_makes_no_dense_gradient():
+    """Beside VPT-shallow: [B, P, D] and a logit per gate; no slice of the sequence in backward."""
+    images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    amounts, counts = [], []
+    for method in ("vpt-shallow", "gpt"):
+        options = {} if method == "vpt-shallow" else {"temperature": False, "gated_blocks": 3}
+        model = gp.wrap(small_vit(), method, num_prompts=4, pool="prompt+patch", **options)
+        model.double().train()
+        amount, logits = saved_bytes(lambda model=model: model(images))
+        amounts.append(amount)
+        with torch.profiler.profile() as profile:
+            logits.sum().backward()
+        names = [event.name for event in profile.events()]
+        counts.append({n: names.count(n) for n in ("aten::slice_backward", "aten::zeros")})
+    assert amounts[1] - amounts[0] == 3 * (2 * 4 * 36 + 1) * 8
+    assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16 autocast"], ids=str)
+def test_second_system_trains_stably_from_its_default_start(dtype, monkeypatch):
+    """Its prompts grow with each block, since x + g*h doubles them where g is 1."""
+    calls = []
+    kernel = torch.ops.gated_prompt.prompt_gate_fwd_
+    monkeypatch.setattr(
+        torch.ops.gated_prompt, "prompt_gate_fwd_", lambda *args: calls.append(1) or kernel(*args)
+    )
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=12, num_heads=4, num_classes=4
+    )
+    model = gp.wrap(vit, num_prompts=8, pool="cls", temperature=False, **SECOND_SYSTEM).train()
+    images, labels = torch.randn(32, 3, 32, 32), torch.randint(0, 4, (32,))
+    half = dtype == "float16 autocast"
+    if not half:
+        model, images = model.to(dtype), images.to(dtype)
+    largest = []
+    for gate in model.gates:
+        gate.register_forward_hook(
+            lambda module, args, out: largest.append(out[0][:, -8:].abs().max().item())
+        )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=half)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = F.cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert len(calls) == 30 * 12
+    assert losses[-1] < 0.6 * losses[0], losses  # False for NaN
+    assert max(largest) < torch.finfo(torch.float16).max / 2
+
+
 def test_ddp_under_autocast_gives_every_tuned_parameter_a_gradient():
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -257,8 +339,8 @@ def test_sizes_of_vit_b_with_100_prompts():
     model = gp.wrap(vit, "gpt", num_prompts=100, pool="cls")
     assert sum(p.numel() for p in tuned(model).values()) == 76_800 + 11 + 12
     bound = 0.0625 * 1.0001  # sqrt(6 / (3 * 16 * 16 + 768))
-    assert model.prompts.abs().max() <= bound
-    assert model.prompts.abs().max() > 0.062
+    assert model.prompts.tokens.abs().max() <= bound
+    assert model.prompts.tokens.abs().max() > 0.062
     assert all(gate.logit == -5 for gate in model.gates)
     model.reset_classifier(200)
     torch.testing.assert_close(model.head.bias, torch.full((200,), -4.59512))
@@ -291,10 +373,10 @@ def test_train_mode_leaves_the_backbone_in_eval_mode():
     model = gp.wrap(small_vit(proj_drop_rate=0.5, drop_path_rate=0.5), num_prompts=4)
     assert model.train() is model
     assert model.training
-    assert model.prompt_dropout.training
+    assert model.prompts.dropout.training
     assert not any(m.training for m in model.backbone.modules())
     assert model.eval() is model
-    assert not model.prompt_dropout.training
+    assert not model.prompts.dropout.training
 
 
 def test_deepcopy_and_state_dict_round_trip():
@@ -304,7 +386,7 @@ def test_deepcopy_and_state_dict_round_trip():
     copied = copy.deepcopy(model)
     assert torch.equal(copied(images), wanted)
     with torch.no_grad():
-        copied.prompts.zero_()
+        copied.prompts.tokens.zero_()
     assert torch.equal(model(images), wanted), "a copy must not share parameters"
     other = gp.wrap(small_vit(), num_prompts=4).double().eval()
     other.load_state_dict(model.state_dict())

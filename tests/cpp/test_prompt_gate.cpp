@@ -1,33 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tests of the torch-free code: arithmetic, CPU kernels on strided data, CUDA launch shape and
 // index map. Usage: test_prompt_gate LAW; exit status 0 if the law holds.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "prompt_gate.h"
-#include "prompt_gate_math.h"
-
-using namespace gated_prompt;
+#include "cases.h"
 
 namespace {
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      std::exit(1);                                               \
-    }                                                             \
-  } while (0)
 
 // ---- oracles, in double ----
 
@@ -144,226 +124,144 @@ void test_update() {
     const double dz = (out(h, x, z + step) - out(h, x, z - step)) / (2 * step);
     CHECK(std::fabs(dh - gate.value) < 1e-9, "mix=%d", mix);
     CHECK(std::fabs(dx - input_weight(gate, mix)) < 1e-9, "mix=%d", mix);
-    CHECK(std::fabs(dz - logit_gradient(gate, half_derivative(mix, h, x))) < 1e-9, "mix=%d", mix);
+    const double half = saved_derivative(mix, h, x);
+    CHECK(std::fabs(dz - logit_gradient(gate.slope, half, mix)) < 1e-9, "mix=%d", mix);
   }
   const double inf = INFINITY;
   const float large = 3e38f;
-  CHECK(half_derivative(true, large, -large) == large, "the halved difference does not overflow");
+  CHECK(saved_derivative(true, large, -large) == large, "the halved difference does not overflow");
   CHECK(update(0.25, inf, 0.75, inf) == inf, "inf mixed with inf is inf");
 }
 
-// ---- CPU kernels on strided data ----
+// ---- CPU kernels on strided data, every dtype and gate ----
 
-struct Layout {
-  int64_t batch, row, channel, offset;  // element strides, and elements before the first one
-};
+constexpr double kSubnormal = 0x1p-24;  // step of the subnormal values of float16
 
-struct Shape {
-  int64_t batch, length, dim;
-};
-
-template <class T>
-struct Buffer {
-  std::vector<T> data;
-  Layout layout;
-
-  Buffer(Shape s, Layout l, uint32_t seed) : layout(l) {
-    data.resize(static_cast<size_t>(l.offset + s.batch * l.batch + s.length * l.row +
-                                    s.dim * l.channel + 8));
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    for (T& element : data) element = narrow<T>(static_cast<compute_t<T>>(normal(random)));
-  }
-  size_t position(int64_t b, int64_t p, int64_t d) const {
-    return static_cast<size_t>(layout.offset + b * layout.batch + p * layout.row +
-                               d * layout.channel);
-  }
-  double at(int64_t b, int64_t p, int64_t d) const {
-    return value(data[position(b, p, d)]);
-  }
-  Rows rows(DType dtype) {
-    return {data.data() + layout.offset, layout.batch, layout.row, layout.channel, dtype};
-  }
-};
-
-template <class T>
-constexpr DType dtype_of() {
-  return std::is_same_v<T, double>     ? DType::kFloat64
-         : std::is_same_v<T, float>    ? DType::kFloat32
-         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                                       : DType::kFloat16;
+// What a value of this size, rounded to the types of the call, may be off.
+double bound_of(const Call& call, double size) {
+  const bool has_half = call.types.out == kF16 || call.types.in == kF16;
+  return 4 * (epsilon(call.types.out) + epsilon(call.types.in) + epsilon(kF32)) * size +
+         (has_half ? kSubnormal : 0);
 }
 
-template <class T>
-constexpr double epsilon() {
-  return std::is_same_v<T, double>     ? 2.3e-16
-         : std::is_same_v<T, float>    ? 1.2e-7
-         : std::is_same_v<T, BFloat16> ? 7.9e-3
-                                       : 9.8e-4;
+// Nothing beside the elements was written, and they only where that was asked for.
+void check_written(const Tensor& after, const Tensor& before, bool wanted, const char* name) {
+  check_untouched(after, before, name);
+  CHECK(wanted || after.bytes == before.bytes, "%s was written, unasked", name);
 }
 
-struct Case {
-  Shape shape;
-  Layout out, in;
-};
-
-std::vector<Case> cases() {
-  std::vector<Case> all;
-  for (const Shape s :
-       {Shape{2, 3, 5}, Shape{3, 7, 64}, Shape{1, 1, 1}, Shape{4, 5, 33}, Shape{2, 9, 1500}}) {
-    const int64_t n = s.length + 4;
-    const Layout sequence{n * s.dim, s.dim, 1, 2 * s.dim}, compact{s.length * s.dim, s.dim, 1, 0};
-    const Layout padded{n * (s.dim + 3), s.dim + 3, 1, 1}, transposed{s.dim * n, 1, n, 3};
-    const Layout every_second{2 * n * s.dim, 2 * s.dim, 2, 1}, shared{0, s.dim, 1, 0};
-    for (const Layout& out : {sequence, padded, transposed, every_second}) {
-      for (const Layout& in : {sequence, compact, padded, transposed, shared})
-        all.push_back({s, out, in});
+void check_forward(const Call& start) {
+  Call call = start;
+  run_fwd_cpu(call.params(/*backward=*/false));
+  for_each_element(call.c.shape, [&](int64_t b, int64_t r, int64_t d) {
+    const double h = start.out.at(b, r, d), x = start.in.at(b, r, d);
+    double z = start.logit.at(b, r, d), error = 0;
+    if (call.linear) {  // a sum of float products
+      z = start.grad_bias.at(0, 0, 0);
+      for (int64_t k = 0; k < call.c.shape.dim; ++k) {
+        const double term = start.out.at(b, r, k) * start.weight.at(0, 0, k);
+        z += term, error += std::fabs(term) * 4 * epsilon(kF32);
+      }
+      CHECK(std::fabs(call.logit.at(b, r, d) - z) <=
+                error + epsilon(call.c.gate) * (1 + std::fabs(z)),
+            "logit %g, not %g", call.logit.at(b, r, d), z);
+      CHECK(call.gathered.at(b, r, d) == h, "gathered");
     }
-  }
-  return all;
+    const double g = sigmoid(z), w = call.mix ? 1 - g : 1;
+    const double size = std::fabs(h) + std::fabs(x), scale = bound_of(call, size) + error * size;
+    CHECK(std::fabs(call.out.at(b, r, d) - (g * h + w * x)) <= scale, "[%d,%d,%d]: %g, not %g",
+          int(b), int(r), int(d), call.out.at(b, r, d), g * h + w * x);
+    if (!call.wants_saved) return;
+    CHECK(std::fabs(call.saved.at(b, r, d) - (call.mix ? (h - x) / 2 : h)) <= scale, "saved");
+  });
+  check_untouched(call.out, start.out, "out");
+  CHECK(call.in.bytes == start.in.bytes, "in was written");
+  check_written(call.saved, start.saved, call.wants_saved, "saved");
 }
 
-template <class F>
-void for_each_element(Shape s, F&& f) {
-  for (int64_t b = 0; b < s.batch; ++b) {
-    for (int64_t p = 0; p < s.length; ++p) {
-      for (int64_t d = 0; d < s.dim; ++d) f(b, p, d);
+void test_forward() {
+  for_each_call(/*backward=*/false, [](Call call) {
+    check_forward(call);
+    call.wants_saved = false;
+    check_forward(call);
+    call.linear = call.is_streamed() && !call.kind.by_channel;
+    if (call.linear) check_forward(call);
+  });
+}
+
+void check_backward(const Call& start) {
+  Call call = start;
+  run_bwd_cpu(call.params(/*backward=*/true));
+  Tensor sums(call.logit.shape, call.logit.layout, kF64, 0), sizes = sums;
+  for_each_element(sums.shape, [&](int64_t b, int64_t r, int64_t d) {
+    for (Tensor* t : {&sums, &sizes}) store(&t->bytes[t->position(b, r, d)], kF64, 0);
+  });
+  const auto add = [](Tensor& t, int64_t b, int64_t r, int64_t d, double value) {
+    store(&t.bytes[t.position(b, r, d)], kF64, t.at(b, r, d) + value);
+  };
+  std::vector<double> bias(static_cast<size_t>(call.grad_bias.shape.dim)), bias_size = bias;
+  for_each_element(call.c.shape, [&](int64_t b, int64_t r, int64_t d) {
+    const double c = call.carries ? start.carrier.at(b, r, d) : 0, t = start.out.at(b, r, d) + c;
+    const double g = sigmoid(start.logit.at(b, r, d)), w = call.mix ? 1 - g : 1;
+    const double scale = bound_of(call, std::fabs(start.out.at(b, r, d)) + std::fabs(c));
+    const double term = (call.mix ? 2 : 1) * g * (1 - g) * start.saved.at(b, r, d) * t;
+    add(sums, b, r, d, term), add(sizes, b, r, d, std::fabs(term) + scale * epsilon(kF32));
+    bias[static_cast<size_t>(d) % bias.size()] += term;
+    bias_size[static_cast<size_t>(d) % bias.size()] += std::fabs(term) + scale;
+    if (call.rescale) CHECK(std::fabs(call.out.at(b, r, d) - g * t) <= scale, "grad of h");
+    if (call.wants_in) CHECK(std::fabs(call.in.at(b, r, d) - w * t) <= scale, "grad of x");
+  });
+  if (call.wants_saved) {
+    for_each_element(sums.shape, [&](int64_t b, int64_t r, int64_t d) {
+      const double got = call.grad_logit.at(b, r, d), wanted = sums.at(b, r, d);
+      const double subnormal = call.c.gate == kF16 ? kSubnormal : 0;
+      const double bound =
+          (16 * epsilon(kF32) + epsilon(call.c.gate)) * sizes.at(b, r, d) + subnormal;
+      CHECK(std::fabs(got - wanted) <= bound, "grad of logit [%d,%d,%d] %g, not %g", int(b), int(r),
+            int(d), got, wanted);
+    });
+    check_untouched(call.grad_logit, start.grad_logit, "grad of logit");
+  }
+  for (size_t d = 0; call.biased && d < bias.size(); ++d) {
+    const double got = call.grad_bias.at(0, 0, static_cast<int64_t>(d));
+    CHECK(std::fabs(got - bias[d]) <= 16 * epsilon(kF32) * bias_size[d], "bias %g, not %g", got,
+          bias[d]);
+  }
+  check_untouched(call.grad_bias, start.grad_bias, "grad of bias");
+  check_written(call.out, start.out, call.rescale, "grad");
+  check_written(call.in, start.in, call.wants_in, "grad of x");
+}
+
+void test_backward() {
+  for_each_call(/*backward=*/true, [](Call call) {
+    call.biased = call.is_streamed();
+    check_backward(call);
+    call.carries = true;
+    check_backward(call);
+    call.biased = call.wants_in = false;
+    check_backward(call);
+    call.wants_in = true, call.rescale = call.wants_saved = false;
+    check_backward(call);
+  });
+}
+
+// Any split of the tasks gives the same bits.
+void test_tasks() {
+  for (const Kind& kind : kKinds) {
+    std::vector<Call> calls;
+    for (const int64_t step : {1, 3, 1000}) {
+      calls.emplace_back(Case{{5, 11, 777}, sequence, compact}, Types{kBF16, kF32}, kind, true,
+                         true);
+      calls.back().biased = calls.back().is_streamed();
+      const PromptGateParams p = calls.back().params(/*backward=*/true);
+      CHECK(tasks_of(p).count > 4, "%d tasks", int(tasks_of(p).count));
+      run_bwd_cpu(p, step);
     }
-  }
-}
-
-// Nothing but the elements of the shape differs from `before`.
-template <class T>
-void check_untouched(Shape s, const Buffer<T>& after, const Buffer<T>& before, const char* name) {
-  std::vector<bool> inside(after.data.size());
-  for_each_element(
-      s, [&](int64_t b, int64_t r, int64_t d) { inside[after.position(b, r, d)] = true; });
-  for (size_t i = 0; i < after.data.size(); ++i) {
-    CHECK(inside[i] || std::memcmp(&after.data[i], &before.data[i], sizeof(T)) == 0,
-          "%s: element %zu was written", name, i);
-  }
-}
-
-template <class H, class X>
-PromptGateParams make_params(Shape s, bool mix, const float& logit) {
-  PromptGateParams p{};
-  p.batch = s.batch, p.length = s.length, p.dim = s.dim, p.mix = mix;
-  p.gate_logit = &logit, p.gate_dtype = DType::kFloat32;
-  p.in.dtype = dtype_of<X>();
-  return p;
-}
-
-template <class H, class X>
-void check_forward() {
-  const float logit = -0.3f;
-  const double g = sigmoid(static_cast<double>(logit)),
-               bound = 4 * (epsilon<H>() + epsilon<float>());
-  for (const Case& c : cases()) {
-    for (const bool mix : {true, false}) {
-      Buffer<H> h(c.shape, c.out, 1), before = h;
-      Buffer<X> x(c.shape, c.in, 2), x_before = x;
-      const int64_t row = c.shape.dim;
-      Buffer<H> saved(c.shape, {c.shape.length * row, row, 1, 0}, 3), saved_before = saved;
-      PromptGateParams p = make_params<H, X>(c.shape, mix, logit);
-      p.out = h.rows(dtype_of<H>()), p.in = x.rows(dtype_of<X>()),
-      p.saved = saved.rows(dtype_of<H>());
-      prompt_gate_fwd_cpu(p, 0, num_chunks(p));
-      for_each_element(c.shape, [&](int64_t b, int64_t r, int64_t d) {
-        const double h_i = before.at(b, r, d), x_i = x.at(b, r, d);
-        const double wanted = g * h_i + (mix ? 1 - g : 1) * x_i, half = (mix ? h_i - x_i : h_i) / 2;
-        const double scale = std::fabs(h_i) + std::fabs(x_i);
-        CHECK(std::fabs(h.at(b, r, d) - wanted) <= bound * scale, "[%d,%d,%d]", int(b), int(r),
-              int(d));
-        CHECK(std::fabs(saved.at(b, r, d) - half) <= bound * scale, "saved");
-      });
-      check_untouched(c.shape, h, before, "h");
-      check_untouched(c.shape, x, x_before, "x");
-      check_untouched(c.shape, saved, saved_before, "saved");
+    for (const Call& call : calls) {
+      CHECK(call.out.bytes == calls[0].out.bytes && call.in.bytes == calls[0].in.bytes, "rows");
+      CHECK(call.grad_logit.bytes == calls[0].grad_logit.bytes, "grad of logit");
+      CHECK(call.grad_bias.bytes == calls[0].grad_bias.bytes, "grad of bias");
     }
-  }
-}
-
-template <class H, class X>
-void check_backward() {
-  const float logit = 0.6f;
-  const double g = sigmoid(static_cast<double>(logit)),
-               bound = 4 * (epsilon<H>() + epsilon<X>() + epsilon<float>());
-  for (const Case& c : cases()) {
-    for (const bool mix : {true, false}) {
-      const int64_t row = c.shape.dim;
-      const Layout compact{c.shape.length * row, row, 1, 0};
-      Buffer<H> grad(c.shape, c.out, 4), before = grad, saved(c.shape, compact, 5);
-      Buffer<X> grad_in(c.shape, compact, 6), grad_in_before = grad_in;
-      float grad_logit = NAN;
-      PromptGateParams p = make_params<H, X>(c.shape, mix, logit);
-      p.out = grad.rows(dtype_of<H>()), p.in = grad_in.rows(dtype_of<X>());
-      p.saved = saved.rows(dtype_of<H>()), p.rescale = true, p.grad_logit = &grad_logit;
-      std::vector<double> partials(static_cast<size_t>(num_chunks(p)));
-      prompt_gate_bwd_cpu(p, 0, num_chunks(p), partials.data());
-      prompt_gate_finish_cpu(p, partials.data());
-      double sum = 0, magnitude = 0;
-      for_each_element(c.shape, [&](int64_t b, int64_t r, int64_t d) {
-        const double t = before.at(b, r, d);
-        sum += saved.at(b, r, d) * t, magnitude += std::fabs(saved.at(b, r, d) * t);
-        CHECK(std::fabs(grad.at(b, r, d) - g * t) <= bound * std::fabs(t), "grad of h");
-        CHECK(std::fabs(grad_in.at(b, r, d) - (mix ? 1 - g : 1) * t) <= bound * std::fabs(t),
-              "grad of x");
-      });
-      CHECK(std::fabs(static_cast<double>(grad_logit) - 2 * g * (1 - g) * sum) <=
-                8 * epsilon<float>() * magnitude,
-            "grad of logit %g, not %g", double(grad_logit), 2 * g * (1 - g) * sum);
-      check_untouched(c.shape, grad, before, "grad");
-      check_untouched(c.shape, grad_in, grad_in_before, "grad of x");
-    }
-  }
-}
-
-template <template <class, class> class Check>
-void for_each_dtype_pair() {
-  Check<double, double>::run(), Check<float, float>::run(), Check<BFloat16, BFloat16>::run();
-  Check<Half, Half>::run(), Check<float, BFloat16>::run(), Check<float, Half>::run();
-  Check<BFloat16, float>::run(), Check<Half, float>::run();
-}
-template <class H, class X>
-struct Forward {
-  static void run() {
-    check_forward<H, X>();
-  }
-};
-template <class H, class X>
-struct Backward {
-  static void run() {
-    check_backward<H, X>();
-  }
-};
-
-// Any split of the chunks gives the same bits.
-void test_chunks() {
-  const Shape s{5, 11, 777};
-  const Layout sequence{20 * s.dim, s.dim, 1, 3};
-  const float logit = 0.1f;
-  std::vector<float> sums;
-  std::vector<std::vector<BFloat16>> results;
-  for (const int64_t step : {int64_t{1}, int64_t{3}, int64_t{1000}}) {
-    Buffer<BFloat16> grad(s, sequence, 7), saved(s, {s.length * s.dim, s.dim, 1, 0}, 8);
-    float grad_logit = NAN;
-    PromptGateParams p = make_params<BFloat16, BFloat16>(s, true, logit);
-    p.out = grad.rows(DType::kBFloat16), p.saved = saved.rows(DType::kBFloat16);
-    p.rescale = true, p.grad_logit = &grad_logit;
-    const int64_t chunks = num_chunks(p);
-    CHECK(chunks > 4, "%d chunks", int(chunks));
-    std::vector<double> partials(static_cast<size_t>(chunks));
-    for (int64_t begin = 0; begin < chunks; begin += step) {
-      prompt_gate_bwd_cpu(p, begin, std::min(begin + step, chunks), partials.data());
-    }
-    prompt_gate_finish_cpu(p, partials.data());
-    sums.push_back(grad_logit), results.push_back(grad.data);
-  }
-  for (size_t i = 1; i < sums.size(); ++i) {
-    CHECK(std::memcmp(&sums[i], &sums[0], sizeof(float)) == 0, "%g and %g", double(sums[i]),
-          double(sums[0]));
-    CHECK(std::memcmp(results[i].data(), results[0].data(), results[0].size() * 2) == 0,
-          "rows differ");
   }
 }
 
@@ -382,13 +280,13 @@ Rows rows_of(const View& view, DType dtype) {
 // Every pack of every sample is visited once, lies at the elements it stands for in each tensor,
 // and is aligned there.
 void check_plan(const PromptGateParams& p, int wanted_vector) {
-  const bool backward = p.grad_logit != nullptr;
-  const LaunchPlan plan = plan_launch(p, backward);
+  const LaunchPlan plan = plan_launch(p);
   CHECK(plan.vector == wanted_vector, "D=%d: vector %d, not %d", int(p.dim), plan.vector,
         wanted_vector);
   CHECK(plan.grid_x >= 1 && plan.grid_x <= kMaxGridX, "grid_x %d", int(plan.grid_x));
-  CHECK(plan.grid_y >= 1 && plan.grid_y <= kMaxGridY, "grid_y %d", int(plan.grid_y));
-  CHECK(!backward || plan.grid_x * plan.grid_y <= kMaxPartials, "too many partials");
+  CHECK(plan.grid_y >= 1 && plan.grid_y <= kMaxGridYZ, "grid_y %d", int(plan.grid_y));
+  CHECK(workspace_bytes(p) <= kMaxWorkspaceBytes, "workspace");
+  CHECK(!reduces(p) || plan.grid_x * plan.grid_y <= kMaxPartials, "too many partials");
   const int64_t packs = plan.rows * plan.packs_per_row, tile = int64_t{kThreads} * kPacksInFlight;
   CHECK(packs * plan.vector == p.length * p.dim, "packs tile the sample");
   std::vector<int> visits(static_cast<size_t>(packs));  // the loop of the kernels
@@ -455,7 +353,7 @@ void test_plan() {
         p.out = rows_of(which == 0 ? c.odd : plain, c.dtype);
         p.in = rows_of(which == 1 ? c.odd : plain, c.dtype);
         p.saved = rows_of(plain, c.dtype);
-        if (backward) p.grad_logit = &grad_logit;
+        if (backward) p.grad_logit.data = &grad_logit;
         check_plan(p, c.vector);
       }
     }
@@ -468,17 +366,56 @@ void test_plan() {
       p.batch = 2, p.length = 4, p.dim = 64;
       p.out = rows_of(at256({640, 64, 1, 0}), out);
       p.in.dtype = in, p.rescale = true;
-      CHECK(plan_launch(p, true).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
+      CHECK(plan_launch(p).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
     }
   }
   // positions beyond 2^31 and 2^32 elements: by the stride, by the run, by a row
   const int64_t big = (int64_t{1} << 33) + 8;
   const Rows wide = rows_of(at256({0, big, 1, 0}), half), run = rows_of(at256({0, 8, 1, 0}), half);
-  CHECK(pack_offset({1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
-  CHECK(pack_offset({1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8, "one run");
-  CHECK(pack_offset({1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half), big + 5) ==
-            9 * big + 40,
+  CHECK(pack_offset({false, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
+  CHECK(pack_offset({false, 1, 1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8, "one run");
+  CHECK(pack_offset({false, 1, 1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half),
+                    big + 5) == 9 * big + 40,
         "64-bit division");
+  PromptGateParams many{};
+  many.batch = big, many.length = 3;
+  const RowIndex row = row_of_segment(many, segments_of(many), 0, 3 * (big - 1) + 2);
+  CHECK(row.b == big - 1 && row.p == 2, "rows beyond 2^32");
+}
+
+// Every row of a segment once, every strip, sums within the workspace: for every kind of gate.
+void test_segments() {
+  for (const Kind& kind : kKinds) {
+    for (const Shape s : {Shape{64, 50, 768}, Shape{256, 200, 768}, Shape{3, 7, 33}, Shape{1, 1, 1},
+                          Shape{1500, 2, 8}, Shape{2, 70000, 8}, Shape{70000, 2, 8}}) {
+      PromptGateParams p{};
+      p.batch = s.batch, p.length = s.length, p.dim = s.dim;
+      p.by_sample = kind.by_sample, p.by_row = kind.by_row, p.by_channel = kind.by_channel;
+      p.out = rows_of({compact(s), 256}, kBF16), p.in = p.saved = p.out;
+      float grad = 0;
+      p.grad_logit.data = &grad;
+      if (kind.by_sample && kind.by_row) p.grad_bias = &grad;
+      const LaunchPlan plan = plan_launch(p);
+      context = std::string(kind.name) + " " + std::to_string(s.batch);
+      CHECK(plan.by_segment == (kind.by_row || kind.by_channel), "mapping");
+      CHECK(workspace_bytes(p) <= kMaxWorkspaceBytes, "workspace");
+      const Segments segments = segments_of(p);
+      CHECK(segments.count * segments.rows == s.batch * s.length, "rows");
+      if (!plan.by_segment) continue;
+      const int64_t groups = plan.grid_y * plan.grid_z;
+      CHECK(plan.grid_x == 1 || groups <= kMaxTickets, "%d tickets", int(groups));
+      CHECK(plan.grid_x == 1 || (plan.grid_y == segments.count && groups * plan.grid_x <= 1024),
+            "a block with a sum of its own has one segment");
+      std::vector<int> visits(static_cast<size_t>(s.batch * s.length));
+      for (int64_t segment = 0; segment < segments.count; ++segment) {
+        for (int64_t i = 0; i < segments.rows; ++i) {
+          const RowIndex row = row_of_segment(p, segments, segment, i);
+          ++visits[static_cast<size_t>(row.b * s.length + row.p)];
+        }
+      }
+      for (const int count : visits) CHECK(count == 1, "a row is visited %d times", count);
+    }
+  }
 }
 
 }  // namespace
@@ -488,10 +425,11 @@ int main(int argc, char** argv) {
       {"conversions", test_conversions},
       {"gate", test_gate},
       {"update", test_update},
-      {"forward", for_each_dtype_pair<Forward>},
-      {"backward", for_each_dtype_pair<Backward>},
-      {"chunks", test_chunks},
+      {"forward", test_forward},
+      {"backward", test_backward},
+      {"tasks", test_tasks},
       {"plan", test_plan},
+      {"segments", test_segments},
   };
   const auto law = laws.find(argc == 2 ? argv[1] : "");
   if (law == laws.end()) {

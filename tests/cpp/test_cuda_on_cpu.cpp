@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels, run on the CPU by cuda_on_cpu/, against the CPU kernels: every tensor bit for
+// bit, whatever the order of threads and blocks. Usage: test_cuda_on_cpu LAW; exit status 0 if the
+// law holds. A new case is a row of a table: kTypes, kCases, kManyBlocks.
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <map>
+
+#include "cases.h"
+#include "vec.cuh"
+
+namespace {
+
+// More samples or segments than blocks along y, more packs than blocks along x: threads loop.
+constexpr struct {
+  Case c;
+  Kind kind;
+} kManyBlocks[] = {
+    {{{kMaxPartials + 5, 2, 3}, sequence, compact}, kKinds[0]},
+    {{{kMaxPartials + 5, 2, 3}, sequence, compact}, kKinds[1]},
+    {{{1, 3, 500 * 1024}, odd, compact}, kKinds[0]},
+    {{{1, 3, 500 * 1024}, odd, compact}, kKinds[3]},
+    {{{kSegmentBlocks + 5, 2, 40}, sequence, compact}, kKinds[7]},
+    {{{66000, 1, 2}, compact, compact}, kKinds[6]},  // one block for each sample
+};
+
+std::vector<unsigned> seeds = {0, 1, 2, 3};  // orders of threads and blocks
+
+// Bit for bit, with all that lies between and around the elements; or, where a sum is involved, up
+// to `tolerance` of its elements.
+void check_same(const Tensor& got, const Tensor& wanted, const char* name, double tolerance = 0) {
+  const auto size = static_cast<size_t>(item_size(got.dtype));
+  for (size_t i = 0; i < got.bytes.size(); i += size) {
+    const double a = load(&got.bytes[i], got.dtype), b = load(&wanted.bytes[i], got.dtype);
+    CHECK(std::memcmp(&got.bytes[i], &wanted.bytes[i], size) == 0 || std::fabs(a - b) <= tolerance,
+          "%s, element %d: %g, not %g", name, int(i / size) - int(kGuard + got.layout.offset), a,
+          b);
+  }
+}
+
+// ---- forward ----
+
+void check_forward(const Call& start) {
+  Call wanted = start;
+  run_fwd_cpu(wanted.params(/*backward=*/false));
+  // a logit that is a dot product is added up in another order: some float roundings of it
+  const DType compute = start.types.out == kF64 ? kF64 : kF32;
+  const double dot = start.linear ? 400 * epsilon(compute) : 0;
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    Call got = start;
+    CHECK(launch_prompt_gate_fwd(got.params(/*backward=*/false), nullptr) == 0, "launch");
+    check_same(got.out, wanted.out, "out", start.linear ? dot + 4 * epsilon(start.types.out) : 0);
+    check_same(got.in, wanted.in, "in");
+    check_same(got.saved, wanted.saved, "saved");
+    check_same(got.gathered, wanted.gathered, "gathered");
+    check_same(got.logit, wanted.logit, "logit", dot == 0 ? 0 : dot + 64 * epsilon(start.c.gate));
+  }
+}
+
+// ---- backward ----
+
+// The kernels' workspace as it comes from earlier launches: tickets of 0, partials of no meaning.
+struct Workspace {
+  std::vector<double> data = std::vector<double>(kMaxWorkspaceBytes / 8 + 64, double(NAN));
+  Workspace() {
+    std::memset(data.data(), 0, kTicketBytes);
+  }
+  void check_ready(size_t bytes) const {
+    for (size_t i = 0; i < kTicketBytes / 8; ++i) {
+      CHECK(data[i] == 0, "a ticket does not return to 0");
+    }
+    for (size_t i = (bytes < kTicketBytes ? kTicketBytes : bytes) / 8 + 1; i < data.size(); ++i) {
+      CHECK(std::isnan(data[i]), "a partial sum beyond the workspace");
+    }
+  }
+};
+
+// Sum of |saved * T| over all rows, for the largest channel: bounds any sum of these products.
+double magnitude(const Call& call) {
+  double largest = 0;
+  for (int64_t d = 0; d < call.c.shape.dim; ++d) {
+    double sum = 0;
+    for_each_element({call.c.shape.batch, call.c.shape.length, 1},
+                     [&](int64_t b, int64_t r, int64_t) {
+                       const double c = call.carries ? call.carrier.at(b, r, d) : 0;
+                       sum += std::fabs(call.saved.at(b, r, d) * (call.out.at(b, r, d) + c));
+                     });
+    largest = sum > largest ? sum : largest;
+  }
+  return call.kind.by_channel ? largest : largest * static_cast<double>(call.c.shape.dim);
+}
+
+void check_backward(const Call& start) {
+  Call wanted = start;
+  run_bwd_cpu(wanted.params(/*backward=*/true));
+  const bool elementwise = start.is_streamed() && start.kind.by_channel;
+  const DType compute = start.types.out == kF64 ? kF64 : kF32;
+  const double bound = 2 * epsilon(compute) * magnitude(start);
+  // the sum may lie on the other side of where its own dtype rounds
+  const double rounding = epsilon(start.c.gate) * magnitude(start);
+  Workspace workspace;
+  Tensor first_logit = start.grad_logit, first_bias = start.grad_bias;
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    Call got = start;
+    const PromptGateParams p = got.params(/*backward=*/true);
+    CHECK(launch_prompt_gate_bwd(p, workspace.data.data(), nullptr) == 0, "launch");
+    check_same(got.out, wanted.out, "out");
+    check_same(got.in, wanted.in, "in");
+    check_same(got.saved, start.saved, "saved");
+    check_same(got.carrier, start.carrier, "carrier");
+    workspace.check_ready(workspace_bytes(p));
+    check_same(got.grad_logit, wanted.grad_logit, "grad_logit", elementwise ? 0 : bound + rounding);
+    check_same(got.grad_bias, wanted.grad_bias, "grad_bias", bound);
+    if (seed == seeds[0]) first_logit = got.grad_logit, first_bias = got.grad_bias;
+    check_same(got.grad_logit, first_logit, "grad_logit in another order");
+    check_same(got.grad_bias, first_bias, "grad_bias in another order");
+  }
+}
+
+// ---- laws over the tables ----
+
+void test_forward() {
+  for_each_call(/*backward=*/false, [](Call call) {
+    check_forward(call);
+    call.wants_saved = false;
+    check_forward(call);
+    call.linear = call.is_streamed() && !call.kind.by_channel;
+    if (call.linear) check_forward(call);
+  });
+}
+
+void test_backward() {
+  for_each_call(/*backward=*/true, [](Call call) {
+    call.biased = call.is_streamed();
+    check_backward(call);
+    call.carries = true;
+    check_backward(call);
+    call.biased = call.wants_in = false;
+    check_backward(call);
+    call.wants_in = true, call.rescale = call.wants_saved = false;
+    check_backward(call);
+  });
+}
+
+// Scalar gates with every pair of dtypes.
+void test_scalar() {
+  for (const Case& c : kCases) {
+    for (const Types types : kTypes) {
+      check_forward(Call(c, types, kKinds[0], true, /*backward=*/false));
+      check_backward(Call(c, types, kKinds[0], true, /*backward=*/true));
+    }
+  }
+}
+
+void test_many_blocks() {
+  seeds = {0, 1};  // these launches are large
+  for (const auto& [c, kind] : kManyBlocks) {
+    check_forward(Call(c, {kBF16, kF32}, kind, true, /*backward=*/false));
+    Call call(c, {kBF16, kF32}, kind, true, /*backward=*/true);
+    call.biased = call.is_streamed();
+    check_backward(call);
+  }
+}
+
+// ---- parts of the kernels, and of what runs them ----
+
+template <class Kernel, class... Args>
+void run(unsigned blocks, Kernel kernel, Args... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
+  cudaLaunchKernelEx(&config, kernel, args...);
+  CHECK(cudaGetLastError() == cudaSuccess, "launch");
+}
+
+// Two sums in a row: the second must not disturb the first.
+__global__ void two_sums(double* sums) {
+  const double thread = threadIdx.x;
+  const double first = block_sum(thread), second = block_sum(2 * thread);
+  if (threadIdx.x == 0) sums[0] = first, sums[1] = second;
+}
+
+void test_sums() {
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    double sums[2] = {};
+    run(1, two_sums, sums);
+    CHECK(sums[0] == kThreads * (kThreads - 1) / 2, "%g", sums[0]);
+    CHECK(sums[1] == kThreads * (kThreads - 1), "%g", sums[1]);
+  }
+}
+
+__global__ void collectives(unsigned* visits, unsigned* ticket, bool* right) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const unsigned all = 0xffffffffu;
+  ++visits[blockIdx.x * blockDim.x + threadIdx.x];
+  bool ok = __shfl_down_sync(all, float(thread), 3) == float(lane + 3 < 32 ? thread + 3 : thread);
+  ok = ok && __shfl_xor_sync(all, double(thread), 5) == double(thread ^ 5);
+  __syncwarp();
+  ok = ok && __shfl_sync(all, thread, 7) == thread - lane + 7;
+  if (!ok) *right = false;
+  atomicInc(ticket, gridDim.x * blockDim.x - 1);
+}
+
+template <bool kBarrier>
+__global__ void reverse(int* data) {
+  __shared__ int copy[kThreads];
+  copy[threadIdx.x] = data[threadIdx.x];
+  if (kBarrier) __syncthreads();
+  data[threadIdx.x] = copy[kThreads - 1 - threadIdx.x];
+}
+
+template <bool kBarrier>
+bool reverses() {
+  std::vector<int> data(kThreads);
+  for (int i = 0; i < kThreads; ++i) data[static_cast<size_t>(i)] = i + 1;
+  run(1, reverse<kBarrier>, data.data());
+  for (int i = 0; i < kThreads; ++i) {
+    if (data[static_cast<size_t>(i)] != kThreads - i) return false;
+  }
+  return true;
+}
+
+void test_machine() {
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    std::vector<unsigned> visits(3 * kThreads);
+    unsigned ticket = 0;
+    bool right = true;
+    run(3, collectives, visits.data(), &ticket, &right);
+    for (const unsigned count : visits) CHECK(count == 1, "a thread runs %u times", count);
+    CHECK(right && ticket == 0, "collectives");
+    CHECK(!reverses<false>(), "a missing barrier passes");
+    CHECK(reverses<true>(), "barrier");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1, 65536), config.blockDim = dim3(kThreads);
+  cudaLaunchKernelEx(&config, reverse<true>, nullptr);
+  CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration, "a grid too high");
+  CHECK(cudaGetLastError() == cudaSuccess, "an error is reported once");
+}
+
+__global__ void diverge() {
+  if (threadIdx.x != 40) __syncthreads();
+}
+
+void test_divergence() {
+  run(1, diverge);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::map<std::string, std::function<void()>> laws = {
+      {"machine", test_machine}, {"divergence", test_divergence},  // fails, with a message
+      {"sums", test_sums},       {"forward", test_forward},         {"backward", test_backward},
+      {"scalar", test_scalar},   {"many_blocks", test_many_blocks},
+  };
+  const auto law = laws.find(argc == 2 ? argv[1] : "");
+  if (law == laws.end()) {
+    std::printf("usage: test_cuda_on_cpu LAW, one of:");
+    for (const auto& [name, function] : laws) std::printf(" %s", name.c_str());
+    std::printf("\n");
+    return 2;
+  }
+  law->second();
+  std::printf("%s: holds\n", law->first.c_str());
+  return 0;
+}
