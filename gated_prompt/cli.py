@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import sys
 
 
@@ -66,7 +65,7 @@ def info_lines() -> list[tuple[str, str]]:
     else:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            runs = reason is None and has_kernel((major, minor), build["architectures"])
+            runs = reason is None and ops.has_kernel((major, minor), build["architectures"])
             lines.append(
                 (
                     f"GPU {index}",
@@ -78,15 +77,3 @@ def info_lines() -> list[tuple[str, str]]:
         why_not = attention.unavailable_reason(backend)
         lines.append((f"attention {backend}", "usable" if why_not is None else f"no: {why_not}"))
     return lines
-
-
-def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a build for `architectures` ("8.0,9.0+PTX") runs on a GPU of this capability.
-
-    Machine code runs on its own major version from its minor on; PTX is compiled for any later GPU.
-    """
-    for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
-        built = (int(major), int(minor))
-        if built <= capability and (built[0] == capability[0] or ptx):
-            return True
-    return False

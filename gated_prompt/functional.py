@@ -97,6 +97,7 @@ def prompt_gate_(
         carrier: Spares the gradient of block_in, which is [B, N, D] and zero but for its prompt
             rows. [B, P, D]: the gradient of block_in's prompt rows goes here instead. For the first
             gate it is the prompts as they were inserted; for each next one, what the last returned.
+            A compiled or transformed gate sends it through block_in all the same.
 
     Returns:
         block_out; or (block_out, carrier of the next gate) where a carrier was given. That tensor
@@ -110,7 +111,7 @@ def prompt_gate_(
         "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
     )
     if _is_traced(block_out, block_in, gate_logit):
-        h, rows, target = _traced_rows(block_out, rows, start, length)
+        h, rows, target = _traced_rows(block_out, rows, carrier, start, length)
         target.copy_(_gated_rows(h, rows, gate_logit, rule))
         return _traced_result(block_out, carrier, start, length)
     _require_writable("prompt_gate_", block_out, rows, carrier, gate_logit=gate_logit)
@@ -188,7 +189,7 @@ def prompt_gate_linear_(
         op, block_out, block_in, start, length, rule, carrier, weight=weight, bias=bias
     )
     if _is_traced(block_out, block_in, weight, bias):
-        h, rows, target = _traced_rows(block_out, rows, start, length)
+        h, rows, target = _traced_rows(block_out, rows, carrier, start, length)
         target.copy_(_gated_rows(h, rows, linear_logit(h, weight, bias), rule))
         return _traced_result(block_out, carrier, start, length)
     _require_writable(op, block_out, rows, carrier, weight=weight, bias=bias)
@@ -238,9 +239,14 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
 # ---- traced ----
 
 
-def _traced_rows(block_out: Tensor, rows: Tensor, start: int, length: int):
+def _traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: int, length: int):
     """h and x, copied from what is, or may later be, overwritten, since the products save them; and
     the rows to write."""
+    if carrier is not None and carrier.requires_grad and not rows.requires_grad:
+        raise RuntimeError(
+            "prompt_gate_: a compiled or transformed gate sends its gradient through block_in, not "
+            "through carrier; pass block_in without detach(), got one that does not require grad"
+        )
     target = block_out[:, start : start + length]
     if torch.compiler.is_dynamo_compiling() and torch.autograd.forward_ad._current_level < 0:
         return copy_rows(target), copy_rows(rows), target
@@ -273,6 +279,7 @@ def _is_traced(*tensors: Tensor | None) -> bool:
         or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
     )
 
 

@@ -179,7 +179,7 @@ class PromptTokens(nn.Module):
             first carrier of `prompt_gate_`; and the position of the first one.
         """
         start = num_prefix_tokens if self.position == "start" else x.shape[1]
-        prompts = self.dropout(self.tokens.expand(len(x), -1, -1)).to(x.dtype)
+        prompts = self.dropout(self.tokens.expand(x.shape[0], -1, -1)).to(x.dtype)
         return torch.cat([x[:, :start], prompts, x[:, start:]], dim=1), prompts, start
 
     def extra_repr(self) -> str:

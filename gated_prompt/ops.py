@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 
 import torch
@@ -22,7 +23,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"gated_prompt: the compiled module gated_prompt._C does not load under torch "
-        f"{torch.__version__}: {error}. To build it, {BUILD_HINT}."
+        f"{torch.__version__} (one build serves torch 2.10 and later): {error}. To build it, "
+        f"{BUILD_HINT}."
     ) from error
 
 # None: CUDA kernels are there. Else: why not, for the error that a CUDA tensor gets.
@@ -40,18 +42,42 @@ else:
         cuda_unavailable_reason = f"gated_prompt._C_cuda does not load: {error}"
 
 
+def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a build for `architectures` ("8.0,9.0+PTX") runs on a GPU of this capability.
+
+    Machine code runs on its own major version from its minor on; PTX is compiled for any later GPU.
+    """
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
+        built = (int(major), int(minor))
+        if built <= capability and (built[0] == capability[0] or ptx):
+            return True
+    return False
+
+
 def require_kernels(op: str, device: torch.device) -> None:
     """Raises RuntimeError unless there are kernels for `device` (on meta, there are shapes)."""
-    if device.type in ("cpu", "meta") or (
-        device.type == "cuda" and cuda_unavailable_reason is None
-    ):
+    if device.type in ("cpu", "meta"):
         return
-    if device.type == "cuda":
+    if device.type != "cuda":
+        raise RuntimeError(f"{op}: device type must be cpu or cuda, got {device}")
+    reason = cuda_unavailable_reason or _lacking_architecture(device.index)
+    if reason is not None:
         raise RuntimeError(
-            f"{op}: got a tensor on {device}, but {cuda_unavailable_reason}. To use CUDA, install "
-            f"a torch with CUDA and a CUDA toolkit (or let pip fetch nvcc), then {BUILD_HINT}."
+            f"{op}: got a tensor on {device}, but {reason}. To use CUDA, install a torch with CUDA "
+            f"and a CUDA toolkit (or let pip fetch nvcc), then {BUILD_HINT}."
         )
-    raise RuntimeError(f"{op}: device type must be cpu or cuda, got {device}")
+
+
+@functools.cache
+def _lacking_architecture(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    architectures = build_info()["architectures"]
+    if has_kernel(capability, architectures):
+        return None
+    return (
+        f"its architecture {'.'.join(map(str, capability))} is not among those of this build, "
+        f"{architectures} (set TORCH_CUDA_ARCH_LIST)"
+    )
 
 
 @torch.library.register_fake("gated_prompt::prompt_gate_fwd_")
@@ -110,17 +136,21 @@ copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]
 # ---- whose a gradient is ----
 #
 # A backward may rescale the incoming gradient in place, instead of a copy, only if nothing else can
-# see it. What PyTorch's engine hands over and keeps nowhere else has the same three reference
-# counts each time; a gradient that is also on its way to another node, was handed in by the caller,
-# is kept by a hook, or is a view of something has others.
+# see it. What PyTorch's engine hands over and keeps nowhere else has the same reference counts each
+# time; a gradient that is also on its way to another node, was handed in by the caller, is kept by
+# a hook, or is a view of something has others. Memory that is not PyTorch's own (numpy's, another
+# process's) has an owner that no count tells of.
 
 
 def _counts(grad):
-    """(uses of the tensor, uses of its storage, references from Python); None: can't be told."""
-    if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad):
+    """Uses of the tensor and of its storage, in C++ and in Python; None: they don't tell all."""
+    if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad) or grad.is_meta:
         return None
     storage = grad.untyped_storage()
-    return grad._use_count(), torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(grad)
+    if not storage.resizable() or (grad.is_cpu and storage.is_shared()):
+        return None
+    uses = grad._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    return *uses, sys.getrefcount(grad), sys.getrefcount(storage)
 
 
 class _Probe(torch.autograd.Function):
@@ -143,11 +173,26 @@ def _is_observed() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def _is_debugged() -> bool:
+    """Whether a debugger or profiler may hold the variables of our frames."""
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12 on
+    tools = () if monitoring is None else map(monitoring.get_tool, range(6))
+    return bool(sys.gettrace() or sys.getprofile() or any(tools))
+
+
+def _compiles_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
+
+
 def _measure_counts() -> None:
-    if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled() or _is_observed():
+    """Waits for the first gate that runs undisturbed."""
+    if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled():
+        return
+    if _is_observed() or _is_debugged() or _compiles_autograd():
         return
     with torch.enable_grad():  # nothing here saves a tensor: hooks of the caller see none
-        leaf = torch.zeros((), requires_grad=True)
+        leaf = torch.zeros((), requires_grad=True, device="cpu")
         _Probe.apply(leaf.clone()).neg().sum().backward()  # neg makes a gradient of its own
 
 
@@ -239,7 +284,7 @@ def linear_logit(h, weight, bias):
 
 
 def _no_autocast(device_type):
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -303,8 +348,9 @@ def _linear_gradients(ctx, bwd):
             rows.baddbmm_(grad_logit, cast.expand(len(rows), -1, -1))
     grad_weight = None
     if need_weight:
-        h = (kept[0] if kept else saved).flatten(0, 1)
-        grad_weight = (grad_logit.flatten(0, 1).to(h.dtype).T @ h).to(weight.dtype)
+        h = (kept[0] if kept else saved).reshape(-1, weight.shape[1])
+        of_logit = grad_logit.reshape(-1, weight.shape[0]).to(h.dtype)
+        grad_weight = (of_logit.transpose(0, 1) @ h).to(weight.dtype)
     return grad_out, grad_in, grad_weight, grad_bias.to(ctx.bias_dtype) if need_bias else None
 
 

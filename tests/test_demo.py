@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="the demo needs rich: the extra tune")
 from matplotlib import image
 
 from gated_prompt import demo
-from gated_prompt.demo import CONTRAST, DIGIT, METHODS, DemoConfig, make_scene_sets, run_demo
+from gated_prompt.demo import CONTRAST, DIGIT, SYSTEMS, DemoConfig, make_scene_sets, run_demo
 from gated_prompt.plots import plot_gates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def tiny_run(tmp_path_factory):
 def test_results_file_holds_what_is_returned(tiny_run):
     results, output = tiny_run
     assert json.loads((output / "results.json").read_text()) == results
-    assert set(results["methods"]) == set(METHODS)
+    assert set(results["methods"]) == set(SYSTEMS)
     for outcome in results["methods"].values():
         accuracies = [run["accuracy_percent"] for run in outcome["runs"]]
         assert len(accuracies) == TINY.seeds
@@ -77,6 +77,8 @@ def test_tuned_parameters_are_those_of_the_method(tiny_run):
     assert methods["linear"]["tuned_parameters"] == head
     assert methods["vpt-shallow"]["tuned_parameters"] == head + prompts
     assert methods["gpt"]["tuned_parameters"] == head + prompts + 5 + 6
+    linear_gates = 6 * (64 * 64 + 64)
+    assert methods["gpt, linear gate"]["tuned_parameters"] == head + prompts + linear_gates
 
 
 def test_pictures_are_written(tiny_run):
