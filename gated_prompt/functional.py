@@ -207,11 +207,15 @@ def _own_copy(op: str, block_out: Tensor) -> Tensor:
 
 def _apply(op, block_out, rows, carrier, gate, start, length, rule):
     """gate: (gate_logit,), or (weight, bias)."""
+    if len(gate) == 2:  # aten reads them, and would read freed memory
+        named = zip(("block_out", "weight", "bias"), (block_out, *gate), strict=True)
+        _require_storage(op, **{name: t for name, t in named if t is not None})
     has_kernel = block_out.dtype == rows.dtype or (
         torch.float64 not in (block_out.dtype, rows.dtype)
         and torch.float32 in (block_out.dtype, rows.dtype)
     )
     if not has_kernel:  # float64 beside another dtype, float16 beside bfloat16: rare
+        _require_storage(op, block_in=rows)
         dtype = torch.float64 if block_out.dtype == torch.float64 else torch.float32
         rows = rows.to(dtype)
         carrier = None if carrier is None else carrier.to(dtype)

@@ -266,7 +266,6 @@ class PromptGateLinearFunction(torch.autograd.Function):
                 saved = h
         # for the rule residual, `saved` is h itself
         ctx.save_for_backward(logit, saved, weight, *((h,) if save_rows and mix else ()))
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return _outputs(ctx, block_out, rows, carries, start, length, mix)
 
     @staticmethod
@@ -348,10 +347,11 @@ def _linear_gradients(ctx, bwd):
             rows.baddbmm_(grad_logit, cast.expand(len(rows), -1, -1))
     grad_weight = None
     if need_weight:
-        h = (kept[0] if kept else saved).reshape(-1, weight.shape[1])
-        of_logit = grad_logit.reshape(-1, weight.shape[0]).to(h.dtype)
+        rows = grad_logit.shape[0] * grad_logit.shape[1]
+        h = (kept[0] if kept else saved).reshape(rows, weight.shape[1])
+        of_logit = grad_logit.reshape(rows, weight.shape[0]).to(h.dtype)
         grad_weight = (of_logit.transpose(0, 1) @ h).to(weight.dtype)
-    return grad_out, grad_in, grad_weight, grad_bias.to(ctx.bias_dtype) if need_bias else None
+    return grad_out, grad_in, grad_weight, grad_bias if need_bias else None
 
 
 def _bwd_kernel(

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad inputs of the op: the right error, naming argument, wanted and got; and nothing written."""
 
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from cases import same_bits
 from torch._subclasses import FakeTensorMode
 
 import gated_prompt as gp
@@ -35,7 +43,7 @@ def too_small(tensor):
     return tensor
 
 
-# row of the table: name, what replaces the good arguments, error, pattern of the message
+# number of a class of input, name, what replaces the good arguments, error, pattern of the message
 BAD = [
     (1, "start > N", {"start": 6}, ValueError, r"start must be in \[-5, 5\].* got 6"),
     (1, "start < -N", {"start": -6}, ValueError, r"start must be in \[-5, 5\].* got -6"),
@@ -72,14 +80,7 @@ BAD = [
     (8, "bool block_out", {"block_out": lambda h: h > 0}, TypeError, r"got torch.bool"),
     (8, "complex block_out", {"block_out": lambda h: h.cfloat()}, TypeError, r"got torch.complex64"),
     (8, "float8 block_out", {"block_out": lambda h: h.to(torch.float8_e5m2)}, TypeError, r"got torch.float8_e5m2"),
-    (9, "logit [3]", {"gate_logit": lambda z: z.expand(3)}, ValueError, r"broadcast to \[B, P, D\] = \[2, 2, 4\], got \[3\]"),
-    (9, "logit [N, 1]", {"gate_logit": lambda z: z.expand(5, 1)}, ValueError, r"gate_logit must broadcast .* got \[5, 1\]"),
-    (9, "logit [P]", {"gate_logit": lambda z: z.expand(2)}, ValueError, r"gate_logit must broadcast .* got \[2\]"),
-    (9, "logit 4-D", {"gate_logit": lambda z: z.expand(1, 1, 1, 1)}, ValueError, r"gate_logit must broadcast"),
-    (10, "int logit", {"gate_logit": lambda z: z.long()}, TypeError, r"gate_logit must be .* got torch.int64"),
-    (10, "bool logit", {"gate_logit": lambda z: z > 0}, TypeError, r"gate_logit must be .* got torch.bool"),
     (11, "meta block_in", {"block_in": lambda x: x.to("meta")}, RuntimeError, r"block_in must be on the device of block_out, cpu, got meta"),
-    (11, "meta logit", {"gate_logit": lambda z: z.to("meta")}, RuntimeError, r"gate_logit must be on .* cpu, got meta"),
     (11, "meta block_out", {"block_out": lambda h: h.to("meta")}, RuntimeError, r"device of block_out, meta, got cpu"),
     *[
         (12, f"{how} {name}", {name: lambda t, how=how: sparse(t, how)}, NotImplementedError, rf"{name} must be a dense strided tensor, got")
@@ -89,73 +90,144 @@ BAD = [
     (13, "numpy block_out", {"block_out": lambda h: h.numpy()}, TypeError, r"block_out must be a torch.Tensor, got ndarray"),
     (13, "list block_in", {"block_in": lambda x: x.tolist()}, TypeError, r"block_in must be a torch.Tensor, got list"),
     (13, "None block_in", {"block_in": lambda x: None}, TypeError, r"block_in must be a torch.Tensor, got NoneType"),
-    (13, "float logit", {"gate_logit": lambda z: -5.0}, TypeError, r"gate_logit must be a torch.Tensor, got float"),
     (14, "freed block_out", {"block_out": freed}, RuntimeError, r"block_out reaches 160 bytes into a storage of 0 bytes"),
     (14, "freed block_in", {"block_in": freed}, RuntimeError, r"block_in reaches .* storage of 0 bytes"),
-    (14, "freed logit", {"gate_logit": freed}, RuntimeError, r"gate_logit reaches 4 bytes into a storage of 0 bytes"),
     (14, "small block_out", {"block_out": too_small}, RuntimeError, r"reaches 160 bytes into a storage of 159 bytes"),
     (14, "small rows", {"block_in": lambda x: too_small(x[:, :2].contiguous())}, RuntimeError, r"reaches 64 bytes"),
-    (14, "freed full gate", {"gate_logit": lambda z: freed(z.expand(2, 4).contiguous())}, RuntimeError, r"gate_logit reaches 32 bytes"),
     (0, "unknown rule", {"rule": "lerp"}, ValueError, r"rule must be 'mix' or 'residual', got 'lerp'"),
 ]  # fmt: skip
 
-# only in place: leaf, inference tensor, overlaps
+# of the gate: a logit, or weight and bias
+BAD_LOGIT = [
+    (9, "logit [3]", {"gate_logit": lambda z: z.expand(3)}, ValueError, r"broadcast to \[B, P, D\] = \[2, 2, 4\], got \[3\]"),
+    (9, "logit [N, 1]", {"gate_logit": lambda z: z.expand(5, 1)}, ValueError, r"gate_logit must broadcast .* got \[5, 1\]"),
+    (9, "logit [P]", {"gate_logit": lambda z: z.expand(2)}, ValueError, r"gate_logit must broadcast .* got \[2\]"),
+    (9, "logit 4-D", {"gate_logit": lambda z: z.expand(1, 1, 1, 1)}, ValueError, r"gate_logit must broadcast"),
+    (10, "int logit", {"gate_logit": lambda z: z.long()}, TypeError, r"gate_logit must be .* got torch.int64"),
+    (10, "bool logit", {"gate_logit": lambda z: z > 0}, TypeError, r"gate_logit must be .* got torch.bool"),
+    (11, "meta logit", {"gate_logit": lambda z: z.to("meta")}, RuntimeError, r"gate_logit must be on .* cpu, got meta"),
+    (13, "float logit", {"gate_logit": lambda z: -5.0}, TypeError, r"gate_logit must be a torch.Tensor, got float"),
+    (14, "freed logit", {"gate_logit": freed}, RuntimeError, r"gate_logit reaches 4 bytes into a storage of 0 bytes"),
+    (14, "freed full gate", {"gate_logit": lambda z: freed(z.expand(2, 4).contiguous())}, RuntimeError, r"gate_logit reaches 32 bytes"),
+    *[
+        (12, f"{how} logit", {"gate_logit": lambda z, how=how: sparse(z.expand(2, 2, 4).contiguous(), how)}, NotImplementedError, r"gate_logit must be a dense strided tensor, got")
+        for how in ("coo", "csr", "mkldnn", "nested", "quantized")
+    ],
+    (13, "None logit", {"gate_logit": None}, TypeError, r"gate_logit must be a torch.Tensor, got NoneType"),
+]  # fmt: skip
+
+BAD_LINEAR = [
+    (10, "weight [D]", {"weight": lambda w: w[0]}, ValueError, r"weight must be \[D, D\] or \[1, D\] with D=4, got \[4\]"),
+    (10, "weight [2, D]", {"weight": lambda w: w[:2]}, ValueError, r"weight must be .* got \[2, 4\]"),
+    (10, "weight [D, 1]", {"weight": lambda w: w[:, :1]}, ValueError, r"weight must be .* got \[4, 1\]"),
+    (10, "weight [1, D, D]", {"weight": lambda w: w[None]}, ValueError, r"weight must be .* got \[1, 4, 4\]"),
+    (10, "weight of another D", {"weight": lambda w: w.repeat(2, 2)}, ValueError, r"weight must be .* got \[8, 8\]"),
+    (10, "scalar weight", {"weight": lambda w: w.sum()}, ValueError, r"weight must be .* got \[\]"),
+    (10, "bias [1] beside [D, D]", {"bias": lambda b: b[:1]}, ValueError, r"bias must be \[4\], as weight has 4 rows, got \[1\]"),
+    (10, "bias [D] beside [1, D]", {"weight": lambda w: w[:1]}, ValueError, r"bias must be \[1\], as weight has 1 rows, got \[4\]"),
+    (10, "bias []", {"bias": lambda b: b.sum()}, ValueError, r"bias must be \[4\].* got \[\]"),
+    (10, "bias [1, D]", {"bias": lambda b: b[None]}, ValueError, r"bias must be \[4\].* got \[1, 4\]"),
+    (10, "bias without weight", {"weight": None}, TypeError, r"weight must be a torch.Tensor, got NoneType"),
+    (10, "int weight", {"weight": lambda w: w.int()}, TypeError, r"weight must be float64, .* got torch.int32"),
+    (10, "complex bias", {"bias": lambda b: b.cfloat()}, TypeError, r"bias must be float64, .* got torch.complex64"),
+    (11, "meta weight", {"weight": lambda w: w.to("meta")}, RuntimeError, r"weight must be on the device of block_out, cpu, got meta"),
+    (11, "meta bias", {"bias": lambda b: b.to("meta")}, RuntimeError, r"bias must be on .* cpu, got meta"),
+    (12, "coo weight", {"weight": lambda w: w.to_sparse()}, NotImplementedError, r"weight must be a dense strided tensor, got"),
+    (12, "quantized bias", {"bias": lambda b: sparse(b, "quantized")}, NotImplementedError, r"bias must be a dense strided tensor, got"),
+    (13, "list weight", {"weight": lambda w: w.tolist()}, TypeError, r"weight must be a torch.Tensor, got list"),
+    (13, "numpy bias", {"bias": lambda b: b.numpy()}, TypeError, r"bias must be a torch.Tensor, got ndarray"),
+    (13, "a torch.nn.Linear", {"weight": torch.nn.Linear(4, 4)}, TypeError, r"weight must be a torch.Tensor, got Linear"),
+    (14, "freed weight", {"weight": freed}, RuntimeError, r"weight reaches 64 bytes into a storage of 0 bytes"),
+    (14, "freed bias", {"bias": freed}, RuntimeError, r"bias reaches 16 bytes into a storage of 0 bytes"),
+    (14, "freed weight [1, D]", {"weight": lambda w: freed(w[:1]), "bias": None}, RuntimeError, r"weight reaches 16 bytes"),
+    (14, "freed bias [1]", {"weight": lambda w: w[:1], "bias": lambda b: freed(b[:1])}, RuntimeError, r"bias reaches 4 bytes"),
+]  # fmt: skip
+
+# only in place: leaf, overlaps, carriers
 BAD_IN_PLACE = [
     (15, "leaf that requires grad", {"block_out": lambda h: h.clone().requires_grad_()}, RuntimeError, "leaf that requires grad"),
     (16, "expanded block_out", {"block_out": lambda h: h[:1].expand(2, 5, 4)}, RuntimeError, "overlap themselves"),
     (16, "sliding window", {"block_out": lambda h: h.flatten().as_strided((2, 5, 4), (4, 4, 1))}, RuntimeError, "overlap themselves"),
+    (5, "carrier [B, N, D]", {"carrier": torch.zeros(2, 5, 4)}, ValueError, r"carrier must be \[B, P, D\] = \[2, 2, 4\] .*got \[2, 5, 4\]"),
+    (5, "carrier [P, D]", {"carrier": torch.zeros(2, 4)}, ValueError, r"carrier must be .* got \[2, 4\]"),
+    (7, "carrier of another dtype", {"carrier": torch.zeros(2, 2, 4).double()}, ValueError, r"carrier must be .* torch.float32, got .* torch.float64"),
+    (11, "meta carrier", {"carrier": torch.zeros(2, 2, 4, device="meta")}, RuntimeError, r"carrier must be on the device of block_out, cpu, got meta"),
+    (12, "sparse carrier", {"carrier": torch.zeros(2, 2, 4).to_sparse()}, NotImplementedError, r"carrier must be a dense strided tensor"),
+    (13, "True for a carrier", {"carrier": True}, TypeError, r"carrier must be a torch.Tensor, got bool"),
 ]  # fmt: skip
 
+OUT_OF_PLACE = (gp.prompt_gate, gp.prompt_gate_linear)
+IN_PLACE = (gp.prompt_gate_, gp.prompt_gate_linear_)
+OF_LOGIT = (gp.prompt_gate, gp.prompt_gate_)
+OF_LINEAR = (gp.prompt_gate_linear, gp.prompt_gate_linear_)
 
-def good_arguments():
+
+def bad_inputs():
+    for functions, table in (
+        (OUT_OF_PLACE + IN_PLACE, BAD),
+        (OF_LOGIT, BAD_LOGIT),
+        (OF_LINEAR, BAD_LINEAR),
+        (IN_PLACE, BAD_IN_PLACE),
+    ):
+        for number, name, *rest in table:
+            for function in functions:
+                yield pytest.param(function, *rest, id=f"{number}: {name}, {function.__name__}")
+
+
+def good_arguments(function=gp.prompt_gate):
     generator = torch.Generator().manual_seed(0)
-    return {
+    arguments = {
         "block_out": torch.randn(B, N, D, generator=generator),
         "block_in": torch.randn(B, N, D, generator=generator),
-        "gate_logit": torch.tensor(-0.5),
-        "start": START,
-        "length": P,
-        "rule": "mix",
     }
+    if function in OF_LOGIT:
+        arguments["gate_logit"] = torch.tensor(-0.5)
+    else:
+        arguments["weight"] = torch.randn(D, D, generator=generator)
+        arguments["bias"] = torch.randn(D, generator=generator)
+    return {**arguments, "start": START, "length": P, "rule": "mix"}
 
 
 def call_and_check(function, changes, error, pattern):
-    arguments = good_arguments()
+    """Type and text of the error, which names the function; nothing is written."""
+    arguments = good_arguments(function)
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     call = dict(arguments)
     for name, change in changes.items():
-        call[name] = change(arguments[name]) if callable(change) else change
+        is_change = callable(change) and not isinstance(change, torch.nn.Module)
+        call[name] = change(arguments[name]) if is_change else change
     with pytest.raises(error, match=pattern) as caught:
         function(**call)
     assert type(caught.value) is error
-    assert function.__name__ in str(caught.value) or "prompt_gate:" in str(caught.value)
+    message = str(caught.value)
+    assert f"{function.__name__}: " in message or "prompt_gate: " in message
     for name, tensor in before.items():
-        assert torch.equal(arguments[name], tensor), f"{name} was written"
+        assert same_bits(arguments[name], tensor), f"{name} was written"
 
 
-@pytest.mark.parametrize("function", [gp.prompt_gate, gp.prompt_gate_])
-@pytest.mark.parametrize(
-    ("changes", "error", "pattern"),
-    [pytest.param(*row[2:], id=f"{row[0]}: {row[1]}") for row in BAD],
-)
-def test_bad_input_gets_its_error(function, changes, error, pattern):
+@pytest.mark.parametrize(("function", "changes", "error", "pattern"), list(bad_inputs()))
+def test_bad_input_gets_its_error_and_nothing_is_written(function, changes, error, pattern):
     call_and_check(function, changes, error, pattern)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "pattern"),
-    [pytest.param(*row[2:], id=f"{row[0]}: {row[1]}") for row in BAD_IN_PLACE],
-)
-def test_bad_input_in_place_gets_its_error(changes, error, pattern):
-    call_and_check(gp.prompt_gate_, changes, error, pattern)
+@pytest.mark.parametrize("function", [*OF_LOGIT, *OF_LINEAR])
+def test_good_arguments_are_good(function):
+    assert function(**good_arguments(function)).isfinite().all()
 
 
-def test_inference_tensor_outside_inference_mode():
-    arguments = good_arguments()
+def test_an_out_of_place_gate_takes_no_carrier():
+    for function in OUT_OF_PLACE:
+        with pytest.raises(TypeError, match="carrier"):
+            function(**good_arguments(function), carrier=torch.zeros(B, P, D))
+
+
+@pytest.mark.parametrize("function", IN_PLACE)
+def test_inference_tensor_outside_inference_mode(function):
+    arguments = good_arguments(function)
     with torch.inference_mode():
         arguments["block_out"] = arguments["block_out"].clone()
     with pytest.raises(RuntimeError, match="inference tensor"):
-        gp.prompt_gate_(**arguments)
+        function(**arguments)
 
 
 @pytest.mark.parametrize("strides", [(N * D, D, 1), (D, B * D, 1), (2 * N * D, 2 * D, 2)])
@@ -191,12 +263,37 @@ def test_transposed_alias_is_an_overlap(shape, dims):
         gp.prompt_gate_(h, h.transpose(*dims), torch.tensor(0.0), 0, shape[1])
 
 
-def test_gate_among_the_written_rows():
-    arguments = good_arguments()
-    h = arguments["block_out"]
-    with pytest.raises(RuntimeError, match="gate_logit lies among the prompt rows"):
-        gp.prompt_gate_(h, arguments["block_in"], h[0, START, 0], START, P)
-    gp.prompt_gate_(h, arguments["block_in"], h[0, START, 0].clone(), START, P)
+@pytest.mark.parametrize(
+    ("function", "of_rows"),
+    [
+        (gp.prompt_gate_, {"gate_logit": lambda rows: rows[0, 0, 0]}),
+        (gp.prompt_gate_, {"gate_logit": lambda rows: rows[0, 0]}),
+        (gp.prompt_gate_, {"gate_logit": lambda rows: rows}),
+        (gp.prompt_gate_linear_, {"weight": lambda rows: rows[0, :1], "bias": None}),
+        (gp.prompt_gate_linear_, {"weight": torch.ones(1, D), "bias": lambda rows: rows[0, 0, :1]}),
+    ],
+)
+def test_gate_among_the_written_rows(function, of_rows):
+    arguments = good_arguments(function)
+    rows = arguments["block_out"][:, START : START + P]
+    for name, make in of_rows.items():
+        arguments[name] = make(rows) if callable(make) else make
+    before = arguments["block_out"].clone()
+    with pytest.raises(RuntimeError, match=r"(gate_logit|weight|bias) lies among the prompt rows"):
+        function(**arguments)
+    assert torch.equal(arguments["block_out"], before)
+    for name, make in of_rows.items():
+        arguments[name] = make(rows.clone()) if callable(make) else make
+    function(**arguments)
+
+
+def test_weight_of_a_gemm_may_be_anywhere():
+    """It is read before the first write."""
+    arguments = good_arguments(gp.prompt_gate_linear_)
+    h = arguments["block_out"] = torch.randn(B, 4, D)
+    arguments |= {"weight": h[0], "bias": h[1, 0], "start": 0, "length": 4, "block_in": h.clone()}
+    copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    assert torch.equal(gp.prompt_gate_linear_(**arguments), gp.prompt_gate_linear_(**copies))
 
 
 def leaf_view(h):
@@ -217,37 +314,51 @@ def view_under_no_grad(h):
         return base[:]
 
 
+@pytest.mark.parametrize("function", IN_PLACE)
 @pytest.mark.parametrize("make", [leaf_view, unbound, chunked, view_under_no_grad])
-def test_views_that_autograd_refuses_are_refused_before_the_write(make):
-    arguments = good_arguments()
+def test_views_that_autograd_refuses_are_refused_before_the_write(make, function):
+    arguments = good_arguments(function)
     arguments["block_out"] = make(arguments["block_out"])
     before = arguments["block_out"].detach().clone()
-    with pytest.raises(RuntimeError, match=r"block_out is a (view|leaf) .*use prompt_gate"):
-        gp.prompt_gate_(**arguments)
+    instead = function.__name__.rstrip("_")
+    with pytest.raises(RuntimeError, match=rf"block_out is a (view|leaf) .*use {instead}$"):
+        function(**arguments)
     assert torch.equal(arguments["block_out"], before)
 
 
-def test_inference_gate_is_refused_before_the_write():
-    arguments = good_arguments()
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(gp.prompt_gate_, "gate_logit"), *((gp.prompt_gate_linear_, n) for n in ("weight", "bias"))],
+)
+def test_inference_gate_is_refused_before_the_write(function, name):
+    arguments = good_arguments(function)
     with torch.inference_mode():
-        arguments["gate_logit"] = torch.tensor(-0.5)
+        arguments[name] = arguments[name].clone()
     block_out = arguments["block_out"].requires_grad_() * 1
     before = block_out.detach().clone()
-    with pytest.raises(RuntimeError, match="gate_logit is an inference tensor"):
-        gp.prompt_gate_(**{**arguments, "block_out": block_out})
+    with pytest.raises(RuntimeError, match=f"{name}.* is an inference tensor"):
+        function(**{**arguments, "block_out": block_out})
     assert torch.equal(block_out, before)
 
 
-@pytest.mark.parametrize("name", ["block_out", "block_in", "gate_logit"])
-def test_negative_views_are_read_but_not_written(name):
-    arguments = good_arguments()
-    wanted = gp.prompt_gate(**arguments)
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (function, name)
+        for function in OUT_OF_PLACE
+        for name in ("block_out", "block_in", "gate_logit", "weight", "bias")
+        if name in good_arguments(function)
+    ],
+)
+def test_negative_views_are_read_but_not_written(function, name):
+    arguments = good_arguments(function)
+    wanted = function(**arguments)
     arguments[name] = torch.complex(arguments[name], -arguments[name]).conj().imag
     assert arguments[name].is_neg()
-    assert torch.equal(gp.prompt_gate(**arguments), wanted)
+    assert torch.equal(function(**arguments), wanted)
     if name == "block_out":
         with pytest.raises(RuntimeError, match="block_out is a negative view"):
-            gp.prompt_gate_(**arguments)
+            getattr(gp, function.__name__ + "_")(**arguments)
 
 
 def test_overlap_outside_the_prompt_rows_is_fine():
@@ -278,19 +389,124 @@ def test_kernels_that_are_not_there_are_named_with_the_cure(monkeypatch):
 @pytest.mark.skipif(
     torch.version.cuda is None, reason="a CPU-only torch has no CUDA tensor to pass"
 )
-@pytest.mark.parametrize("function", [gp.prompt_gate, gp.prompt_gate_])
+@pytest.mark.parametrize("function", OUT_OF_PLACE + IN_PLACE)
 def test_cuda_tensor_without_cuda_kernels(function, monkeypatch):
-    """Row 17. A fake CUDA tensor stands for a real one; the traced path that would take it is closed."""
+    """A fake CUDA tensor stands for a real one; the traced path that would take it is closed."""
     reason = "gated_prompt was built without CUDA"
     monkeypatch.setattr(ops, "cuda_unavailable_reason", reason)
     monkeypatch.setattr(functional, "_is_traced", lambda *tensors: False)
     with FakeTensorMode():
-        tensors = [torch.empty(s, device="cuda") for s in ((B, N, D), (B, N, D), ())]
+        arguments = {
+            name: torch.empty(value.shape, device="cuda") if torch.is_tensor(value) else value
+            for name, value in good_arguments(function).items()
+        }
     with pytest.raises(
         RuntimeError,
         match=rf"{function.__name__}: got a tensor on cuda:0, but {reason}.*pip install",
     ):
-        function(*tensors, START, P)
+        function(**arguments)
+
+
+def test_gpu_whose_architecture_was_not_built(monkeypatch):
+    """As far as it goes without such a GPU: what is asked of it is given."""
+    monkeypatch.setattr(ops, "cuda_unavailable_reason", None)
+    monkeypatch.setattr(ops, "build_info", lambda: {"architectures": "8.0,9.0"})
+    for capability, runs in (((8, 6), True), ((9, 0), True), ((7, 5), False), ((10, 0), False)):
+        ops._lacking_architecture.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
+        if runs:
+            ops.require_kernels("prompt_gate", torch.device("cuda:0"))
+            continue
+        with pytest.raises(RuntimeError, match=r"on cuda:0, .* (7\.5|10\.0) .*8\.0,9\.0"):
+            ops.require_kernels("prompt_gate", torch.device("cuda:0"))
+    ops._lacking_architecture.cache_clear()
+
+
+def not_built(path):
+    path.unlink()
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def not_a_library(path):
+    path.write_bytes(b"<!DOCTYPE html>" * 1000)
+
+
+def of_another_torch(path):
+    """It asks torch for a function that is not there."""
+    path.write_bytes(
+        path.read_bytes().replace(b"torch_get_storage_size", b"torch_got_storage_size")
+    )
+
+
+@pytest.mark.parametrize("spoil", [not_built, emptied, not_a_library, of_another_torch])
+def test_compiled_module_that_does_not_load(spoil, tmp_path):
+    """ImportError with the version of torch that runs, the loader's reason and the cure."""
+    package = pathlib.Path(gp.__file__).parent
+    shutil.copytree(package, tmp_path / "gated_prompt", ignore=shutil.ignore_patterns("*_cuda.*"))
+    (library,) = (tmp_path / "gated_prompt").glob("_C.*")
+    spoil(library)
+    site = pathlib.Path(torch.__file__).parents[1]
+    done = subprocess.run(
+        # -S: without the finder of an editable install, which knows another place
+        [sys.executable, "-S", "-c", "import gated_prompt"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{site}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr  # not a signal
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "ImportError: gated_prompt: the compiled module gated_prompt._C does not"
+    )
+    assert torch.__version__ in last
+    assert "pip install" in last
+    reason = {
+        not_built: "cannot import name|No module named",
+        emptied: "file too short",
+        not_a_library: "invalid ELF header",
+        of_another_torch: "undefined symbol: aoti_torch_got_storage_size",
+    }[spoil]
+    assert re.search(reason, last)
+
+
+CONVERTED = """
+import torch
+import gated_prompt as gp
+
+def cut(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+h = torch.randn(2, 5, 4)
+zero, rows, weight, bias = torch.zeros(()), torch.randn(2, 2, 4), torch.randn(4, 4), torch.randn(4)
+for name, call in {
+    "block_in": lambda: gp.prompt_gate(h.double(), cut(rows.clone()), zero, 1, 2),
+    "block_in ": lambda: gp.prompt_gate_(h.half(), cut(rows.bfloat16()), zero, 1, 2),
+    "weight": lambda: gp.prompt_gate_linear(h.double(), h.double(), cut(weight.clone()), bias, 1, 2),
+    "weight ": lambda: gp.prompt_gate_linear(h.half(), h.half(), cut(weight[:1].clone()), None, 1, 2),
+    "bias": lambda: gp.prompt_gate_linear_(h.double(), h.double(), weight, cut(bias.clone()), 1, 2),
+}.items():
+    try:
+        call()
+    except RuntimeError as error:
+        assert f"{name.strip()} reaches" in str(error), f"{name}: {error}"
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_freed_tensors_are_not_read_to_convert_them():
+    """In a process of its own: aten reads what has been freed, and dies."""
+    done = subprocess.run([sys.executable, "-c", CONVERTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
+
+
+# ---- raw ops: memory safety of their own ----
 
 
 def raw_arguments():
@@ -299,21 +515,32 @@ def raw_arguments():
     return [arguments["block_out"], rows, arguments["gate_logit"], START, P, True, True]
 
 
+OTHER_SEQUENCE = [
+    (0, torch.randn(5, 4), "block_out must have 3 dimensions, got 2"),
+    (0, torch.zeros(B, N, D, dtype=torch.int32), "block_out must be float64.* scalar type"),
+    (0, freed(torch.zeros(B, N, D)), "block_out reaches 160 bytes into a storage of 0"),
+    (0, torch.zeros(()).expand(B, N, D), "overlap themselves"),
+    (1, torch.randn(P, D), "block_in must have 3 dimensions, got 2"),
+    (1, torch.randn(B, P + 1, D), r"block_in must be \[2, 2, 4\], got \[2, 3, 4\]"),
+    (1, torch.randn(B, P, D, dtype=torch.float64), "no kernel"),
+    (1, freed(torch.zeros(B, P, D)), "block_in reaches 64 bytes into a storage of 0"),
+]
+OTHER_SLICE = [(-1, P), (4, P), (START, -1), (START, 2**62), (2**63 - 1, 2**63 - 1), (-(2**63), 1)]
+
+
 @pytest.mark.parametrize(
     ("index", "value", "pattern"),
     [
-        (0, torch.randn(5, 4), "must have 3 dimensions, got 2"),
-        (0, torch.zeros(B, N, D, dtype=torch.int32), "scalar type"),
-        (1, torch.randn(B, P + 1, D), r"must be \[2, 2, 4\], got \[2, 3, 4\]"),
-        (1, torch.randn(B, P, D, dtype=torch.float64), "no kernel"),
-        (2, torch.zeros(1), "must have 0 dimensions, got 1"),
-        (3, -1, "outside N=5"),
-        (3, 4, "outside N=5"),
-        (4, -1, "outside N=5"),
-        (4, 2**62, "outside N=5"),
+        *OTHER_SEQUENCE,
+        (2, torch.zeros(1, 1, 1, 1), "gate_logit must have at most 3 dimensions, got 4"),
+        (2, torch.zeros(3), "gate_logit must broadcast to .* got size 3 for 4"),
+        (2, torch.zeros(3, 1), "gate_logit must broadcast to .* got size 3 for 2"),
+        (2, torch.zeros(3, 1, 1), "gate_logit must broadcast to .* got size 3 for 2"),
+        (2, torch.zeros(4, dtype=torch.int64), "gate_logit must be float64.* scalar type"),
+        (2, freed(torch.zeros(4)), "gate_logit reaches 16 bytes into a storage of 0"),
     ],
 )
-def test_raw_op_is_memory_safe_on_its_own(index, value, pattern):
+def test_raw_forward_is_memory_safe_on_its_own(index, value, pattern):
     arguments = raw_arguments()
     arguments[index] = value
     with pytest.raises(RuntimeError, match=pattern):
@@ -323,30 +550,74 @@ def test_raw_op_is_memory_safe_on_its_own(index, value, pattern):
 @pytest.mark.parametrize(
     ("index", "value", "pattern"),
     [
-        (1, torch.randn(B, P, D + 1), "saved must be"),
-        (1, torch.randn(B, D, P).transpose(1, 2), "contiguous"),
+        *OTHER_SEQUENCE,
+        (2, torch.zeros(1, D), "weight must have 1 dimensions, got 2"),
+        (2, torch.zeros(D + 1), r"weight must be \[4\], got \[5\]"),
+        (2, freed(torch.zeros(D)), "weight reaches 16 bytes into a storage of 0"),
+        (3, torch.zeros(()), "bias must have 1 dimensions, got 0"),
+        (3, torch.zeros(2), r"bias must be \[1\], got \[2\]"),
+        (3, torch.zeros(1, dtype=torch.bool), "bias must be float64.* scalar type"),
+        (3, freed(torch.zeros(1)), "bias reaches 4 bytes into a storage of 0"),
+    ],
+)
+def test_raw_linear_forward_is_memory_safe_on_its_own(index, value, pattern):
+    out, rows, _, start, length, mix, _ = raw_arguments()
+    arguments = [out, rows, torch.ones(D), torch.ones(1), start, length, mix, True, True, True]
+    arguments[index] = value
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.gated_prompt.prompt_gate_linear_token_fwd_(*arguments)
+
+
+def backward_arguments():
+    grad, saved = torch.randn(B, N, D), torch.randn(B, P, D)
+    flags = (True, True, True, True, False, torch.float32)
+    return [grad, saved, torch.tensor(0.0), None, START, P, *flags]
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "pattern"),
+    [
+        OTHER_SEQUENCE[0],
+        OTHER_SEQUENCE[2],
+        OTHER_SEQUENCE[3],
+        (1, torch.randn(B, P, D + 1), r"saved must be \[2, 2, 4\], got \[2, 2, 5\]"),
+        (1, torch.randn(0), "saved must have 3 dimensions, got 1"),
+        (1, torch.randn(B, D, P).transpose(1, 2), "saved must be contiguous"),
         (1, torch.randn(B, P, D).double(), "dtype of the gradient"),
-        (0, torch.ones(()).expand(B, N, D), "overlap themselves"),
-        (0, "saved in a buffer", "saved overlaps the prompt rows"),
+        (2, torch.zeros(3), "gate_logit must broadcast"),
+        (3, torch.zeros(B, N, D), r"grad_carrier must be \[2, 2, 4\], got \[2, 5, 4\]"),
+        (3, torch.zeros(B, P, D).double(), "grad_carrier must have the dtype"),
+        (3, freed(torch.zeros(B, P, D)), "grad_carrier reaches 64 bytes into a storage of 0"),
+        (10, True, r"a bias needs a gate_logit \[B, P, D\]"),
+        (11, torch.float64, "no kernel"),
+        (11, torch.int64, "scalar type"),
     ],
 )
 def test_raw_backward_is_memory_safe_on_its_own(index, value, pattern):
-    grad = torch.randn(B, N, D)
-    arguments = [
-        grad,
-        torch.randn(B, P, D),
-        torch.tensor(0.0),
-        START,
-        P,
-        True,
-        True,
-        True,
-        True,
-        torch.float32,
-    ]
+    arguments = backward_arguments()
     arguments[index] = value
-    if value == "saved in a buffer":
-        arguments[index] = arguments[1].new_empty(64).as_strided((B, N, D), (N * D, D, 1))
-        arguments[1] = arguments[index].flatten()[D : D + B * P * D].view(B, P, D)
     with pytest.raises(RuntimeError, match=pattern):
         torch.ops.gated_prompt.prompt_gate_bwd_(*arguments)
+
+
+@pytest.mark.parametrize(("index", "name"), [(1, "saved"), (2, "gate_logit"), (3, "grad_carrier")])
+def test_raw_backward_refuses_to_read_what_it_writes(index, name):
+    arguments = backward_arguments()
+    arguments[0] = torch.zeros(64).as_strided((B, N, D), (N * D, D, 1))
+    arguments[index] = torch.as_strided(arguments[0], (B, P, D), (P * D, D, 1), D)
+    with pytest.raises(RuntimeError, match=f"{name} lies among the prompt rows"):
+        torch.ops.gated_prompt.prompt_gate_bwd_(*arguments)
+
+
+@pytest.mark.parametrize(("start", "length"), OTHER_SLICE)
+def test_raw_ops_refuse_a_slice_outside_the_sequence(start, length):
+    forward, backward = raw_arguments(), backward_arguments()
+    forward[3:5] = backward[4:6] = start, length
+    linear = [*forward[:2], torch.ones(D), None, start, length, True, True, True, True]
+    for op, arguments in (
+        (torch.ops.gated_prompt.prompt_gate_fwd_, forward),
+        (torch.ops.gated_prompt.prompt_gate_linear_token_fwd_, linear),
+        (torch.ops.gated_prompt.prompt_gate_bwd_, backward),
+    ):
+        with pytest.raises(RuntimeError, match="outside N=5"):
+            op(*arguments)
