@@ -1,10 +1,12 @@
-# make demo | test | gpu | bench | resources | lint | format | clean
+# make demo | test | fuzz | opcheck | coverage | gpu | bench | resources | lint | format | clean
 #
 # TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
 # PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
 
 PYTHON ?= python3
 TORCH ?= torch==2.11.0
+NEWEST ?= torch~=2.15.0
+FUZZ_CASES ?= 20000
 RESULTS ?= benchmarks/results
 VENV = .venv
 BIN = $(VENV)/bin
@@ -17,7 +19,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # In continuous integration a warning is an error; with a user's compiler it is not.
 export GATED_PROMPT_WERROR ?= $(CI)
 
-.PHONY: demo test gpu bench resources lint format clean build
+.PHONY: demo test fuzz opcheck opcheck-newest coverage gpu bench resources lint format clean build
 .DELETE_ON_ERROR:
 
 # The environment: torch as chosen, then everything else held to it. Made anew where TORCH changes.
@@ -45,8 +47,45 @@ test: build
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# Random cases beside the reference, FUZZ_CASES of them.
+fuzz: build
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/test_fuzz.py
+
+# torch's own checks of the raw ops, by the torch chosen and, with the same build, by the NEWEST.
+opcheck: build
+	$(BIN)/python -m pytest tests -k opcheck
+	$(MAKE) opcheck-newest VENV=.venv-newest TORCH='$(NEWEST)'
+
+opcheck-newest: $(CHOSEN)
+	$(BIN)/python -m pytest tests -k opcheck
+
+# Lines and branches of csrc that the op's tests reach on the CPU, and those that they miss; in a
+# copy, since this build is slow.
+COVERAGE = build/coverage
+GCOV = --coverage -fprofile-update=atomic
+OP_TESTS = $(addprefix tests/test_,prompt_gate.py bad_inputs.py fuzz.py gradient_ownership.py cli.py)
+coverage: $(CHOSEN)
+	$(PIP) gcovr
+	rm -rf $(COVERAGE)
+	mkdir -p $(COVERAGE)
+	cp -r csrc tests gated_prompt examples build_backend setup.py pyproject.toml README.md LICENSE CMakeLists.txt $(COVERAGE)
+	rm -f $(COVERAGE)/gated_prompt/*.so
+	sed -i s/-O3/-O1/ $(COVERAGE)/setup.py
+	cd $(COVERAGE) && GATED_PROMPT_CPU_ONLY=1 CFLAGS="$(GCOV)" LDFLAGS=--coverage \
+	  $(abspath $(BIN)/python) setup.py --quiet build_ext --inplace
+	cd $(COVERAGE) && $(abspath $(BIN)/python) -m pytest $(OP_TESTS)
+	$(BIN)/cmake -S $(COVERAGE) -B $(COVERAGE)/build/cmake -G Ninja -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_FLAGS="-O1 $(GCOV)" -DCMAKE_CUDA_COMPILER=NOTFOUND
+	$(BIN)/cmake --build $(COVERAGE)/build/cmake
+	$(BIN)/ctest --test-dir $(COVERAGE)/build/cmake --output-on-failure
+	cd $(COVERAGE) && $(abspath $(BIN)/gcovr) $(GCOVR) --txt - --txt-metric line
+	cd $(COVERAGE) && $(abspath $(BIN)/gcovr) $(GCOVR) --txt - --txt-metric branch
+GCOVR = --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
+  --gcov-ignore-parse-errors=negative_hits.warn_once_per_file
+
+# One thread, in CPU time: what else the machine does counts less.
 bench: build
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-timer=time.process_time
 
 # On a machine with a GPU, with the packages that are there: build, CUDA tests, benchmarks; JSON to $(RESULTS).
 gpu:
@@ -71,5 +110,5 @@ format: $(CHOSEN)
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist demo_output gated_prompt/*.so *.egg-info .benchmarks .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest build dist demo_output gated_prompt/*.so *.egg-info .benchmarks .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a benchmark ran: written into the JSON of every run."""
+"""Under what conditions benchmarks run, and where: the latter goes into the JSON of every run."""
 
+import ctypes
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,16 @@ def _one_thread():
     with torch._inductor.config.patch("cpp.threads", 1):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _keep_memory():
+    """glibc gives freed megabytes back to the system; to get them again cost more than the gate,
+    in some rounds and not in others."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -4,7 +4,13 @@
     make resources
 
 Compiles csrc/prompt_gate.cu for sm_90, reads ptxas' report, and disassembles the result. Fails if a
-kernel spills, or moves one of the widest packs by anything but 128-bit loads and stores.
+kernel spills or has a stack, or if one for the widest packs (16 bytes of its narrowest type) moves
+a pack in pieces:
+
+* it has fewer 128-bit loads or stores than packs to move (`needed`, from the structure of
+  prompt_gate.cu; more are there where ptxas has unrolled a loop);
+* one of the stores of Pack::store is narrower. They are known by their suffix .SM, which __stwb
+  leaves and the stores of single elements (logits, their gradients, partial sums) do not have.
 """
 
 import re
@@ -30,11 +36,82 @@ def disassembler(toolkit):
     return next((str(c) for c in candidates if c.is_file()), None)
 
 
-def short_name(mangled):
-    """prompt_gate_fwd_kernel<BFloat16, float, 8> from its mangled name."""
-    text = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout
-    text = re.sub(r"gated_prompt::|\(anonymous namespace\)::|\(int\)|^void ", "", text.strip())
-    return text[: text.index(">") + 1]
+PACKS_IN_FLIGHT = 2  # kPacksInFlight of prompt_gate.h
+SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
+LOGIT_SIZES = (8, 4, 2, 2)  # of the four dtypes of a logit, weight or gradient, chosen at run time
+
+
+def short_names(mangled):
+    """{mangled: prompt_gate_segment_fwd_kernel<BFloat16, float, 8, true>}"""
+    text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True)
+    prefix = r"gated_prompt::|\(anonymous namespace\)::|\((int|bool)\)|^void "
+    lines = (re.sub(prefix, "", line) for line in text.stdout.splitlines())
+    return {key: line[: line.index(">") + 1] for key, line in zip(mangled, lines, strict=True)}
+
+
+def needed(name):
+    """Of a kernel for the widest packs: 128-bit loads, 128-bit stores, and narrower stores of packs
+    that it may have. None for other kernels."""
+    kernel, h, x, vector, *flags = re.findall(r"\w+", name)
+    vector, by_channel = int(vector), flags == ["true"]
+    if vector * min(SIZES[h], SIZES[x]) != 16:
+        return None
+    out, into = (vector * SIZES[t] // 16 for t in (h, x))  # 128-bit words of a pack
+    # packs of logits or weights; the two 16-bit types may share an instruction, if it is a load
+    read_pack = sum(vector * size // 16 for size in LOGIT_SIZES[:3])
+    write_pack = sum(vector * size // 16 for size in LOGIT_SIZES)
+    narrow = sum(vector * size < 16 for size in LOGIT_SIZES)
+    if kernel == "prompt_gate_fwd_kernel":
+        return PACKS_IN_FLIGHT * (out + into), PACKS_IN_FLIGHT * 2 * out, 0
+    if kernel == "prompt_gate_bwd_kernel":
+        return PACKS_IN_FLIGHT * 3 * out, PACKS_IN_FLIGHT * (out + into), 0
+    if kernel == "prompt_gate_segment_fwd_kernel":
+        return out + into + by_channel * read_pack, 2 * out, 0
+    if kernel == "prompt_gate_segment_bwd_kernel" and not by_channel:
+        return 3 * out, out + into, 0
+    if kernel == "prompt_gate_segment_bwd_kernel":  # stores twice: streamed, and not
+        return 3 * out + read_pack, 2 * (out + into) + write_pack, narrow
+    if kernel == "prompt_gate_linear_token_fwd_kernel":
+        return 2 * out + into + read_pack, 3 * out, 0
+    sys.exit(f"kernel_resources: say what {name} has to move")
+
+
+def compile_kernels(toolkit, nvdisasm, source):
+    """{mangled name: what ptxas and the machine code say}"""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "prompt_gate.cubin")
+        nvcc = [f"{toolkit}/bin/nvcc", *FLAGS, str(source), "-o", str(cubin)]
+        report = subprocess.run(nvcc, stderr=subprocess.PIPE, text=True, check=True).stderr
+        sass = subprocess.run([nvdisasm, str(cubin)], capture_output=True, text=True).stdout
+    kernels = {}
+    for entry in report.split("Compiling entry function ")[1:]:
+        kernels[re.match(r"'(\w+)'", entry)[1]] = {
+            "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
+            "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry)),
+            "stack": int(re.search(r"(\d+) bytes stack", entry)[1]),
+        }
+    for section in re.split(r"\.section\s+\.text\.", sass)[1:]:
+        kernel = kernels[re.match(r"\w+", section)[0]]
+        kernel["loads"] = sum(".128" in x for x in re.findall(r"\bLDG\.E(\S*)", section))
+        stores = re.findall(r"\bSTG\.E(\S*)", section)
+        kernel["stores"] = sum(".128" in x for x in stores)
+        kernel["narrow"] = sum(x.endswith(".SM") and ".128" not in x for x in stores)
+    return kernels
+
+
+def faults_of(name, k):
+    if k["spills"] or k["stack"]:
+        yield f"{name} spills {k['spills']} bytes, stack {k['stack']}"
+    if needed(name) is None:
+        return
+    loads, stores, narrow = needed(name)
+    if k["loads"] < loads:
+        yield f"{name} loads a pack in pieces: {k['loads']} 128-bit loads, {loads} needed"
+    if k["stores"] < stores or k["narrow"] > narrow:
+        yield (
+            f"{name} stores a pack in pieces: {k['stores']} 128-bit stores, {stores} needed, "
+            f"{k['narrow']} narrower ones, {narrow} allowed"
+        )
 
 
 def main():
@@ -45,48 +122,21 @@ def main():
     nvdisasm = disassembler(toolkit)
     if nvdisasm is None:
         sys.exit("kernel_resources: nvdisasm is neither in the toolkit nor in triton's wheel")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "prompt_gate.cubin")
-        nvcc = [f"{toolkit}/bin/nvcc", *FLAGS, str(ROOT / "csrc/prompt_gate.cu"), "-o", str(cubin)]
-        report = subprocess.run(nvcc, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([nvdisasm, str(cubin)], capture_output=True, text=True).stdout
-
-    kernels = {}
-    for entry in report.split("Compiling entry function ")[1:]:
-        name = re.match(r"'(\w+)'", entry)[1]
-        kernels[name] = {
-            "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
-            "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry)),
-            "stack": int(re.search(r"(\d+) bytes stack", entry)[1]),
-        }
-    for section in re.split(r"\.section\s+\.text\.", sass)[1:]:
-        name = re.match(r"\w+", section)[0]
-        kernels[name]["loads"] = re.findall(r"\bLDG\.E(\S*)", section)
-        kernels[name]["stores"] = re.findall(r"\bSTG\.E(\S*)", section)
-
-    print(f"{'kernel (sm_90)':52} registers spills  LDG.128 LDG  STG.128 STG")
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "csrc/prompt_gate.cu"
+    kernels = compile_kernels(toolkit, nvdisasm, source)
+    names = short_names(list(kernels))
+    print(f"{'kernel (sm_90)':60} registers spills stack  LDG.128 needed  STG.128 needed")
     faults = []
-    for mangled, k in sorted(kernels.items(), key=lambda item: short_name(item[0])):
-        name = short_name(mangled)
-        wide_loads = sum(".128" in x for x in k["loads"])
-        wide_stores = sum(".128" in x for x in k["stores"])
+    for mangled, k in sorted(kernels.items(), key=lambda item: names[item[0]]):
+        loads, stores, _ = needed(names[mangled]) or ("", "", "")
         print(
-            f"{name:52} {k['registers']:9} {k['spills']:6} {wide_loads:8} {len(k['loads']):3} "
-            f"{wide_stores:8} {len(k['stores']):3}"
+            f"{names[mangled]:60} {k['registers']:9} {k['spills']:6} {k['stack']:5} "
+            f"{k['loads']:8} {loads:>6} {k['stores']:8} {stores:>6}"
         )
-        if k["spills"] or k["stack"]:
-            faults.append(f"{name} spills {k['spills']} bytes, stack {k['stack']}")
-        types, width = re.search(r"<(.*), (\d)>", name).groups()
-        narrowest = min({"double": 8, "float": 4}.get(t, 2) for t in types.split(", "))
-        if int(width) * narrowest == 16:
-            # beside the packs, a block stores one partial sum, and one block the result, in one of
-            # four dtypes
-            narrow_allowed = 5 if "bwd" in name else 0
-            if wide_loads == 0 or len(k["stores"]) - wide_stores > narrow_allowed:
-                faults.append(f"{name} moves a pack in pieces")
+        faults += faults_of(names[mangled], k)
     print(f"{len(kernels)} kernels, {len(faults)} faults")
     if faults:
-        sys.exit("kernel_resources: " + "; ".join(faults))
+        sys.exit("kernel_resources: " + "\n  ".join(["", *faults]).strip())
 
 
 if __name__ == "__main__":

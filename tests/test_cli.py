@@ -2,6 +2,7 @@
 """`gated-prompt info` and the build's own account of itself."""
 
 import pytest
+import torch
 
 from gated_prompt import cli, ops
 
