@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels. Each row is widened into buffers of the compute type A (float or double), worked on
-// there by plain loops that the compiler vectorises for the instruction sets below, and rounded
-// back. The buffers stay in the nearest cache; memory is read and written once.
+// CPU kernels. Each row is widened into buffers of the compute type A (float or double), which stay
+// in the nearest cache, unless it holds values of A already; plain loops work on it, which the
+// compiler vectorises for the instruction sets below. Memory is read and written once.
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
 
@@ -35,52 +35,68 @@ GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __rest
   }
 }
 
+// Results go to target [n] as they are made, rounded. A target may be a source, at the same
+// elements: no element depends on another, which is what ivdep says.
+
 template <class T, class A, bool kUnit>  // source [n] -> target [n]
-GP_TARGET_CLONES void store(const A* __restrict__ source, int64_t n, T* target, int64_t stride) {
+GP_TARGET_CLONES void store(const A* source, int64_t n, T* target, int64_t stride) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(source[i]));
   }
 }
 
-// From logits [n] (w may be the same array): g [n], w [n], slope [n].
-template <class A>
-GP_TARGET_CLONES void gates(int64_t n, bool mix, A* g, A* w, A* __restrict__ slope) {
+template <class T, class A, bool kUnit>  // g*h + w*x
+GP_TARGET_CLONES void store_update(const A* h, const A* x, const A* g, const A* w, int64_t n,
+                                   T* target, int64_t stride) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    const Gate<A> gate = make_gate(w[i]);
-    g[i] = gate.value;
-    w[i] = input_weight(gate, mix);
-    slope[i] = gate.slope;
+    target[at<kUnit>(i, stride)] =
+        narrow<T>(static_cast<compute_t<T>>(update(g[i], h[i], w[i], x[i])));
   }
 }
 
-template <class A>  // h <- g*h + w*x
-GP_TARGET_CLONES void update_row(A* __restrict__ h, const A* __restrict__ x,
-                                 const A* __restrict__ g, const A* __restrict__ w, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) h[i] = update(g[i], h[i], w[i], x[i]);
+template <class T, class A, bool kUnit>  // (h - x)/2 or h
+GP_TARGET_CLONES void store_derivative(const A* h, const A* x, bool mix, int64_t n, T* target,
+                                       int64_t stride) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    target[at<kUnit>(i, stride)] =
+        narrow<T>(static_cast<compute_t<T>>(saved_derivative(mix, h[i], x[i])));
+  }
 }
 
-template <class A>  // saved <- (h - x)/2 or h
-GP_TARGET_CLONES void derivative_row(const A* __restrict__ h, const A* __restrict__ x, int64_t n,
-                                     bool mix, A* __restrict__ saved) {
-  for (int64_t i = 0; i < n; ++i) saved[i] = saved_derivative(mix, h[i], x[i]);
+template <class T, class A, bool kUnit>  // a*t
+GP_TARGET_CLONES void store_product(const A* a, const A* t, int64_t n, T* target, int64_t stride) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(a[i] * t[i]));
+  }
 }
 
-template <class A>  // t <- t + c
-GP_TARGET_CLONES void add_row(A* __restrict__ t, const A* __restrict__ c, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) t[i] += c[i];
+// From logits [n] (w may be the same array): g [n], w [n], slope [n].
+template <class A>
+GP_TARGET_CLONES void gates(const A* logits, int64_t n, bool mix, A* g, A* w, A* slope) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const Gate<A> gate = make_gate(logits[i]);
+    g[i] = gate.value;
+    w[i] = gate.complement;
+    slope[i] = gate.slope;
+  }
+  if (!mix) std::fill(w, w + n, A(1));  // chosen within the loop, it would not be vectorised
 }
 
-template <class A>  // y <- a*t
-GP_TARGET_CLONES void multiply_row(const A* __restrict__ a, const A* __restrict__ t, int64_t n,
-                                   A* __restrict__ y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = a[i] * t[i];
+template <class A>  // sum <- a + b; may be one of them
+GP_TARGET_CLONES void add_row(const A* a, const A* b, int64_t n, A* sum) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
 }
 
-template <class A>  // s <- gradient of the logit, from s*t
-GP_TARGET_CLONES void logit_row(const A* __restrict__ slope, const A* __restrict__ t, int64_t n,
-                                bool mix, A* __restrict__ s) {
-  for (int64_t i = 0; i < n; ++i) s[i] = logit_gradient(slope[i], s[i] * t[i], mix);
+template <class A>  // grad <- gradient of the logit, from s*t
+GP_TARGET_CLONES void logit_row(const A* slope, const A* s, const A* t, int64_t n, bool mix,
+                                A* __restrict__ grad) {
+  for (int64_t i = 0; i < n; ++i) grad[i] = logit_gradient(slope[i], s[i] * t[i], mix);
 }
 
 template <class A>  // sum <- sum + s*t
@@ -116,23 +132,46 @@ void visit(DType dtype, F&& f) {
   }
 }
 
+// The values of a row: where they lie, or widened in `buffer`.
 template <class A>
-void load_row(const Rows& rows, RowIndex row, int64_t n, A* target) {
+const A* load_row(const Rows& rows, RowIndex row, int64_t n, A* buffer) {
+  const A* values = buffer;
   visit(rows.dtype, [&](auto type) {
     using T = decltype(type);
     const T* source = static_cast<const T*>(rows.data) + offset_of(rows, row);
-    rows.channel_stride == 1 ? load<T, A, true>(source, 1, n, target)
-                             : load<T, A, false>(source, rows.channel_stride, n, target);
+    if constexpr (std::is_same_v<T, A>) {
+      if (rows.channel_stride == 1) {
+        values = source;
+        return;
+      }
+    }
+    rows.channel_stride == 1 ? load<T, A, true>(source, 1, n, buffer)
+                             : load<T, A, false>(source, rows.channel_stride, n, buffer);
+  });
+  return values;
+}
+
+// Calls store(target, stride, unit stride?) with the row, in its dtype.
+template <class F>
+void with_target(const Rows& rows, RowIndex row, F&& store) {
+  visit(rows.dtype, [&](auto type) {
+    auto* target = static_cast<decltype(type)*>(rows.data) + offset_of(rows, row);
+    rows.channel_stride == 1 ? store(target, 1, std::true_type{})
+                             : store(target, rows.channel_stride, std::false_type{});
   });
 }
 
 template <class A>
 void store_row(const A* source, int64_t n, const Rows& rows, RowIndex row) {
-  visit(rows.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* target = static_cast<T*>(rows.data) + offset_of(rows, row);
-    rows.channel_stride == 1 ? store<T, A, true>(source, n, target, 1)
-                             : store<T, A, false>(source, n, target, rows.channel_stride);
+  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
+    store<std::remove_pointer_t<decltype(target)>, A, unit.value>(source, n, target, stride);
+  });
+}
+
+template <class A>
+void store_product_row(const A* a, const A* t, int64_t n, const Rows& rows, RowIndex row) {
+  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
+    store_product<std::remove_pointer_t<decltype(target)>, A, unit.value>(a, t, n, target, stride);
   });
 }
 
@@ -143,11 +182,10 @@ struct GateRow {
   int64_t width;     // of its logit: D or 1
 
   void read(const PromptGateParams& p, RowIndex row) {
-    load_row(p.logit, row, width, w);
-    expand(p);
+    expand(p, load_row(p.logit, row, width, w));
   }
-  void expand(const PromptGateParams& p) {  // w holds the logits
-    gates(width, p.mix, g, w, slope);
+  void expand(const PromptGateParams& p, const A* logits) {
+    gates(logits, width, p.mix, g, w, slope);
     if (width == p.dim) return;
     std::fill(g + 1, g + p.dim, *g);
     std::fill(w + 1, w + p.dim, *w);
@@ -172,31 +210,35 @@ template <class A>
 void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.dim;
   const Segments segments = segments_of(p);
-  std::vector<A> memory(static_cast<size_t>(7 * n + 1));
-  A *h = memory.data(), *x = h + n, *saved = x + n, *weight = saved + n, *bias = weight + n;
+  std::vector<A> memory(static_cast<size_t>(6 * n + 1));
+  A *h_buffer = memory.data(), *x_buffer = h_buffer + n, *bias = x_buffer + 2 * n;
   GateRow<A> gate{bias + 1, bias + 1 + n, bias + 1 + 2 * n, tasks_of(p).width};
   const bool is_linear = p.weight.data != nullptr;
-  if (is_linear) load_row(p.weight, {0, 0}, n, weight);
-  if (p.bias.data != nullptr) load_row(p.bias, {0, 0}, 1, bias);
+  const A* weight = is_linear ? load_row(p.weight, {0, 0}, n, x_buffer + n) : nullptr;
+  if (p.bias.data != nullptr) *bias = *load_row(p.bias, {0, 0}, 1, bias);
   for_each_task(p, begin, end, [&](int64_t, int64_t segment, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
-      load_row(p.out, row, n, h);
-      load_row(p.in, row, n, x);
+      const A* h = load_row(p.out, row, n, h_buffer);
+      const A* x = load_row(p.in, row, n, x_buffer);
       if (is_linear) {
-        gate.w[0] = static_cast<A>(dot_row(h, weight, n)) + *bias;
-        if (p.logit.data != nullptr) store_row(gate.w, 1, p.logit, row);
-        gate.expand(p);
+        const A logit = static_cast<A>(dot_row(h, weight, n)) + *bias;
+        if (p.logit.data != nullptr) store_row(&logit, 1, p.logit, row);
+        gate.expand(p, &logit);
         if (p.gathered.data != nullptr) store_row(h, n, p.gathered, row);
       } else if (segments.streamed || i == first) {
         gate.read(p, row);
       }
       if (p.saved.data != nullptr) {
-        derivative_row(h, x, n, p.mix, saved);
-        store_row(saved, n, p.saved, row);
+        with_target(p.saved, row, [&](auto* target, int64_t stride, auto unit) {
+          store_derivative<std::remove_pointer_t<decltype(target)>, A, unit.value>(h, x, p.mix, n,
+                                                                                   target, stride);
+        });
       }
-      update_row(h, x, gate.g, gate.w, n);
-      store_row(h, n, p.out, row);
+      with_target(p.out, row, [&](auto* target, int64_t stride, auto unit) {
+        store_update<std::remove_pointer_t<decltype(target)>, A, unit.value>(h, x, gate.g, gate.w,
+                                                                             n, target, stride);
+      });
     }
   });
 }
@@ -207,8 +249,8 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, A* partials
   const Segments segments = segments_of(p);
   const bool needs_sum = p.grad_logit.data != nullptr || p.grad_bias != nullptr;
   std::vector<A> memory(static_cast<size_t>(6 * n));
-  A *t = memory.data(), *s = t + n, *y = s + n;
-  GateRow<A> gate{y + n, y + 2 * n, y + 3 * n, tasks_of(p).width};
+  A *t_buffer = memory.data(), *s_buffer = t_buffer + n, *grad = s_buffer + n;
+  GateRow<A> gate{grad + n, grad + 2 * n, grad + 3 * n, tasks_of(p).width};
   for_each_task(p, begin, end, [&](int64_t task, int64_t segment, int64_t first, int64_t last) {
     A* const sums = partials == nullptr ? nullptr : partials + task * gate.width;
     double sum = 0;  // where the logit has one element a row
@@ -216,34 +258,28 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, A* partials
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
       if (segments.streamed || i == first) gate.read(p, row);
-      load_row(p.out, row, n, t);
+      const A* t = load_row(p.out, row, n, t_buffer);
       if (p.carrier.data != nullptr) {
-        load_row(p.carrier, row, n, y);
-        add_row(t, y, n);
+        add_row(t, load_row(p.carrier, row, n, s_buffer), n, t_buffer);
+        t = t_buffer;
       }
       if (needs_sum) {
-        load_row(p.saved, row, n, s);
+        const A* s = load_row(p.saved, row, n, s_buffer);
         if (!segments.streamed) {
           p.by_channel ? multiply_add_row(s, t, n, sums) : void(sum += dot_row(s, t, n));
         } else {
           if (p.by_channel) {
-            logit_row(gate.slope, t, n, p.mix, s);
-            if (sums != nullptr) add_row(sums, s, n);
+            logit_row(gate.slope, s, t, n, p.mix, grad);
+            if (sums != nullptr) add_row<A>(sums, grad, n, sums);
           } else {
-            s[0] = logit_gradient(gate.slope[0], static_cast<A>(dot_row(s, t, n)), p.mix);
-            sum += static_cast<double>(s[0]);
+            grad[0] = logit_gradient(gate.slope[0], static_cast<A>(dot_row(s, t, n)), p.mix);
+            sum += static_cast<double>(grad[0]);
           }
-          if (p.grad_logit.data != nullptr) store_row(s, gate.width, p.grad_logit, row);
+          if (p.grad_logit.data != nullptr) store_row(grad, gate.width, p.grad_logit, row);
         }
       }
-      if (p.in.data != nullptr) {
-        multiply_row(gate.w, t, n, y);
-        store_row(y, n, p.in, row);
-      }
-      if (p.rescale) {
-        multiply_row(gate.g, t, n, y);
-        store_row(y, n, p.out, row);
-      }
+      if (p.in.data != nullptr) store_product_row(gate.w, t, n, p.in, row);
+      if (p.rescale) store_product_row(gate.g, t, n, p.out, row);
     }
     if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
   });
@@ -269,8 +305,8 @@ void finish(const PromptGateParams& p, const A* partials) {
       return;
     }
     const RowIndex row = row_of_segment(p, segments, segment, 0);
-    load_row(p.logit, row, tasks.width, gate.w);
-    gates(tasks.width, p.mix, gate.g, gate.w, gate.slope);
+    gates(load_row(p.logit, row, tasks.width, gate.w), tasks.width, p.mix, gate.g, gate.w,
+          gate.slope);
     for (size_t k = 0; k < sums.size(); ++k) {
       sums[k] = logit_gradient(gate.slope[k], sums[k], p.mix);
     }

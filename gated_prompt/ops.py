@@ -339,12 +339,13 @@ def _linear_gradients(ctx, bwd):
     if need_out:  # h changes the logit, too
         rows = grad_out[:, ctx.start : ctx.start + ctx.length]
         cast = weight.to(rows.dtype)
-        if torch._C._functorch.is_legacy_batchedtensor(grad_out):
-            rows += grad_logit.to(rows.dtype) @ cast
-        elif weight.shape[0] == 1:
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
+        if weight.shape[0] == 1 and not is_batched:
             rows.addcmul_(grad_logit.to(rows.dtype), cast)
-        else:
+        elif rows.is_cuda and not is_batched:
             rows.baddbmm_(grad_logit, cast.expand(len(rows), -1, -1))
+        else:  # on a CPU, a GEMM that accumulates is slower than a GEMM and a sum
+            rows += grad_logit.to(rows.dtype) @ cast
     grad_weight = None
     if need_weight:
         rows = grad_logit.shape[0] * grad_logit.shape[1]
