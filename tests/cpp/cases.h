@@ -299,3 +299,29 @@ void for_each_call(bool backward, F&& check) {
     ++turn;
   }
 }
+
+// The same with what may be wanted of a call, or not.
+template <class F>
+void for_each_forward(F&& check) {
+  for_each_call(/*backward=*/false, [&](Call call) {
+    check(call);
+    call.wants_saved = false;
+    check(call);
+    call.linear = call.is_streamed() && !call.kind.by_channel;
+    if (call.linear) check(call);
+  });
+}
+
+template <class F>
+void for_each_backward(F&& check) {
+  for_each_call(/*backward=*/true, [&](Call call) {
+    call.biased = call.is_streamed();
+    check(call);
+    call.carries = true;
+    check(call);
+    call.biased = call.wants_in = false;
+    check(call);
+    call.wants_in = true, call.rescale = call.wants_saved = false;
+    check(call);
+  });
+}

@@ -123,26 +123,11 @@ void check_backward(const Call& start) {
 // ---- laws over the tables ----
 
 void test_forward() {
-  for_each_call(/*backward=*/false, [](Call call) {
-    check_forward(call);
-    call.wants_saved = false;
-    check_forward(call);
-    call.linear = call.is_streamed() && !call.kind.by_channel;
-    if (call.linear) check_forward(call);
-  });
+  for_each_forward(check_forward);
 }
 
 void test_backward() {
-  for_each_call(/*backward=*/true, [](Call call) {
-    call.biased = call.is_streamed();
-    check_backward(call);
-    call.carries = true;
-    check_backward(call);
-    call.biased = call.wants_in = false;
-    check_backward(call);
-    call.wants_in = true, call.rescale = call.wants_saved = false;
-    check_backward(call);
-  });
+  for_each_backward(check_backward);
 }
 
 // Scalar gates with every pair of dtypes.

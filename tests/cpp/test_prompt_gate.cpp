@@ -180,13 +180,7 @@ void check_forward(const Call& start) {
 }
 
 void test_forward() {
-  for_each_call(/*backward=*/false, [](Call call) {
-    check_forward(call);
-    call.wants_saved = false;
-    check_forward(call);
-    call.linear = call.is_streamed() && !call.kind.by_channel;
-    if (call.linear) check_forward(call);
-  });
+  for_each_forward(check_forward);
 }
 
 void check_backward(const Call& start) {
@@ -233,16 +227,7 @@ void check_backward(const Call& start) {
 }
 
 void test_backward() {
-  for_each_call(/*backward=*/true, [](Call call) {
-    call.biased = call.is_streamed();
-    check_backward(call);
-    call.carries = true;
-    check_backward(call);
-    call.biased = call.wants_in = false;
-    check_backward(call);
-    call.wants_in = true, call.rescale = call.wants_saved = false;
-    check_backward(call);
-  });
+  for_each_backward(check_backward);
 }
 
 // Any split of the tasks gives the same bits.
