@@ -293,17 +293,18 @@ def _call(case, leaves, target):
 
 
 def run_reference(case, dtype=None):
-    """The same by `gated_prompt.reference`: in float64; or with dtype="own" in the case's dtypes,
-    where float64 beside a narrower block_out is narrowed, as the op computes in float32 then."""
+    """The same by `gated_prompt.reference`: in float64; or with dtype="own" in the case's dtypes.
+
+    float64 beside a narrower block_out is narrowed first: there the op computes in float32.
+    """
     h, x, *gate, grad = case.inputs()
+    inputs = [h, x, *gate]
     if dtype != "own":
-        h, x, grad = h.double(), x.double(), grad.double()
-        gate = [None if t is None else t.double() for t in gate]
-    inputs = [None if t is None else t.requires_grad_() for t in (h, x, *gate)]
-    arguments = list(inputs)
-    if dtype == "own" and case.dtype != torch.float64:
-        narrow = {torch.float64: torch.float32}
-        arguments = [None if t is None else t.to(narrow.get(t.dtype, t.dtype)) for t in arguments]
+        inputs = [None if t is None else _as_computed(case, t).double() for t in inputs]
+    inputs = [None if t is None else t.requires_grad_() for t in inputs]
+    arguments = inputs.copy()
+    if dtype == "own":
+        arguments = [_as_computed(case, t) for t in inputs]
     if case.gate == "linear" and arguments[3] is not None:  # part of the GEMM
         arguments[3] = arguments[3].to(h.dtype)
     out = getattr(reference, case.op_name)(*arguments, case.start, case.length, case.rule)
@@ -312,26 +313,27 @@ def run_reference(case, dtype=None):
     return Outcome(out.detach(), [None if t is None else next(found) for t in inputs])
 
 
+def _as_computed(case, tensor):
+    is_narrowed = tensor is not None and tensor.dtype == torch.float64 != case.dtype
+    return tensor.float() if is_narrowed else tensor
+
+
 def magnitudes(case):
     """Sum of |terms| of the output and of each gradient, float64: the scale of the tolerance."""
-    h, x, *gate, grad = (None if t is None else t.double() for t in case.inputs())
+    inputs = (_as_computed(case, t) for t in case.inputs())
+    h, x, *gate, grad = (None if t is None else t.double() for t in inputs)
     x_rows = x[:, case.rows] if case.in_form == "sequence" else x
     h_rows, grad_rows = h[:, case.rows], grad[:, case.rows].abs()
     dtypes = (case.dtype, case.in_dtype, case.gate_dtype)
     # below the smallest normal number rounding is absolute
     tiny = max(torch.finfo(t).smallest_normal for t in dtypes if t is not None)
     logit, off = gate[0], 0.0  # off: by what rounding of the logit moves the gate, in epsilons
-    computed = torch.promote_types(case.dtype, torch.float32)  # the dtype of logits
-    terms = None
-    if case.is_linear:
+    if case.is_linear:  # off by some epsilons of its own terms
         weight, bias = gate[0], 0.0 if gate[1] is None else gate[1]
         logit = h_rows @ weight.T + bias
         terms = h_rows.abs() @ weight.abs().T + torch.as_tensor(bias).abs()
-        computed = case.dtype if case.gate == "linear" else computed  # a GEMM's dtype
-    elif case.gate_dtype == torch.float64 != computed:
-        terms = logit.abs()
-    if terms is not None:  # off by some epsilons of its own terms
-        eps = torch.finfo(computed).eps
+        widest = torch.promote_types(case.dtype, torch.float32)
+        eps = torch.finfo(case.dtype if case.gate == "linear" else widest).eps  # a GEMM's
         flattest = (logit.abs() - 2 * eps * terms).clamp(min=0).sigmoid()
         off = flattest * (1 - flattest) * terms * (eps / torch.finfo(case.coarsest).eps)
         off = off.nan_to_num(nan=0.0)  # a logit of inf is not off
