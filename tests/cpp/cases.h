@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -324,4 +326,19 @@ void for_each_backward(F&& check) {
     call.wants_in = true, call.rescale = call.wants_saved = false;
     check(call);
   });
+}
+
+// Runs the law that the command line names; an exit status.
+inline int run_law(int argc, char** argv,
+                   const std::map<std::string, std::function<void()>>& laws) {
+  const auto law = laws.find(argc == 2 ? argv[1] : "");
+  if (law == laws.end()) {
+    std::printf("usage: %s LAW, one of:", argv[0]);
+    for (const auto& [name, function] : laws) std::printf(" %s", name.c_str());
+    std::printf("\n");
+    return 2;
+  }
+  law->second();
+  std::printf("%s: holds\n", law->first.c_str());
+  return 0;
 }

@@ -4,9 +4,6 @@
 // law holds. A new case is a row of a table: kTypes, kCases, kManyBlocks.
 #include <cuda_runtime.h>
 
-#include <functional>
-#include <map>
-
 #include "cases.h"
 #include "vec.cuh"
 
@@ -238,19 +235,14 @@ void test_divergence() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::map<std::string, std::function<void()>> laws = {
-      {"machine", test_machine}, {"divergence", test_divergence},  // fails, with a message
-      {"sums", test_sums},       {"forward", test_forward},         {"backward", test_backward},
-      {"scalar", test_scalar},   {"many_blocks", test_many_blocks},
-  };
-  const auto law = laws.find(argc == 2 ? argv[1] : "");
-  if (law == laws.end()) {
-    std::printf("usage: test_cuda_on_cpu LAW, one of:");
-    for (const auto& [name, function] : laws) std::printf(" %s", name.c_str());
-    std::printf("\n");
-    return 2;
-  }
-  law->second();
-  std::printf("%s: holds\n", law->first.c_str());
-  return 0;
+  return run_law(argc, argv,
+                 {
+                     {"machine", test_machine},
+                     {"divergence", test_divergence},  // fails, with a message
+                     {"sums", test_sums},
+                     {"forward", test_forward},
+                     {"backward", test_backward},
+                     {"scalar", test_scalar},
+                     {"many_blocks", test_many_blocks},
+                 });
 }

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tests of the torch-free code: arithmetic, CPU kernels on strided data, CUDA launch shape and
 // index map. Usage: test_prompt_gate LAW; exit status 0 if the law holds.
-#include <functional>
 #include <limits>
-#include <map>
 
 #include "cases.h"
 
@@ -406,24 +404,15 @@ void test_segments() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::map<std::string, std::function<void()>> laws = {
-      {"conversions", test_conversions},
-      {"gate", test_gate},
-      {"update", test_update},
-      {"forward", test_forward},
-      {"backward", test_backward},
-      {"tasks", test_tasks},
-      {"plan", test_plan},
-      {"segments", test_segments},
-  };
-  const auto law = laws.find(argc == 2 ? argv[1] : "");
-  if (law == laws.end()) {
-    std::printf("usage: test_prompt_gate LAW, one of:");
-    for (const auto& [name, function] : laws) std::printf(" %s", name.c_str());
-    std::printf("\n");
-    return 2;
-  }
-  law->second();
-  std::printf("%s: holds\n", law->first.c_str());
-  return 0;
+  return run_law(argc, argv,
+                 {
+                     {"conversions", test_conversions},
+                     {"gate", test_gate},
+                     {"update", test_update},
+                     {"forward", test_forward},
+                     {"backward", test_backward},
+                     {"tasks", test_tasks},
+                     {"plan", test_plan},
+                     {"segments", test_segments},
+                 });
 }
