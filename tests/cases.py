@@ -292,36 +292,34 @@ def _call(case, leaves, target):
     return outputs
 
 
-def run_reference(case, dtype=None):
-    """The same by `gated_prompt.reference`: in float64; or with dtype="own" in the case's dtypes.
+def _as_computed(case, tensor):
+    """float64 beside a narrower block_out is narrowed: there the op computes in float32."""
+    is_narrowed = tensor is not None and tensor.dtype == torch.float64 != case.dtype
+    return tensor.float() if is_narrowed else tensor
 
-    float64 beside a narrower block_out is narrowed first: there the op computes in float32.
-    """
-    h, x, *gate, grad = case.inputs()
-    inputs = [h, x, *gate]
-    if dtype != "own":
-        inputs = [None if t is None else _as_computed(case, t).double() for t in inputs]
+
+def _exact_inputs(case):
+    """`case.inputs()`, the values that the op computes with, in float64."""
+    inputs = (_as_computed(case, t) for t in case.inputs())
+    return [None if t is None else t.double() for t in inputs]
+
+
+def run_reference(case, exact=True):
+    """The same by `gated_prompt.reference`: in float64, or in the dtypes of the case."""
+    *inputs, grad = _exact_inputs(case) if exact else case.inputs()
     inputs = [None if t is None else t.requires_grad_() for t in inputs]
-    arguments = inputs.copy()
-    if dtype == "own":
-        arguments = [_as_computed(case, t) for t in inputs]
+    arguments = list(inputs) if exact else [_as_computed(case, t) for t in inputs]
     if case.gate == "linear" and arguments[3] is not None:  # part of the GEMM
-        arguments[3] = arguments[3].to(h.dtype)
+        arguments[3] = arguments[3].to(inputs[0].dtype)
     out = getattr(reference, case.op_name)(*arguments, case.start, case.length, case.rule)
     wanted = [t for t in inputs if t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
     return Outcome(out.detach(), [None if t is None else next(found) for t in inputs])
 
 
-def _as_computed(case, tensor):
-    is_narrowed = tensor is not None and tensor.dtype == torch.float64 != case.dtype
-    return tensor.float() if is_narrowed else tensor
-
-
 def magnitudes(case):
     """Sum of |terms| of the output and of each gradient, float64: the scale of the tolerance."""
-    inputs = (_as_computed(case, t) for t in case.inputs())
-    h, x, *gate, grad = (None if t is None else t.double() for t in inputs)
+    h, x, *gate, grad = _exact_inputs(case)
     x_rows = x[:, case.rows] if case.in_form == "sequence" else x
     h_rows, grad_rows = h[:, case.rows], grad[:, case.rows].abs()
     dtypes = (case.dtype, case.in_dtype, case.gate_dtype)
@@ -332,8 +330,9 @@ def magnitudes(case):
         weight, bias = gate[0], 0.0 if gate[1] is None else gate[1]
         logit = h_rows @ weight.T + bias
         terms = h_rows.abs() @ weight.abs().T + torch.as_tensor(bias).abs()
-        widest = torch.promote_types(case.dtype, torch.float32)
-        eps = torch.finfo(case.dtype if case.gate == "linear" else widest).eps  # a GEMM's
+        computed = torch.promote_types(case.dtype, torch.float32)
+        computed = case.dtype if case.gate == "linear" else computed  # a GEMM's dtype
+        eps = torch.finfo(computed).eps
         flattest = (logit.abs() - 2 * eps * terms).clamp(min=0).sigmoid()
         off = flattest * (1 - flattest) * terms * (eps / torch.finfo(case.coarsest).eps)
         off = off.nan_to_num(nan=0.0)  # a logit of inf is not off
@@ -366,7 +365,7 @@ def magnitudes(case):
 
 def check_against_reference(case):
     """Output and every gradient by the rule; untouched rows and dtypes exactly."""
-    got, exact, eager = run_op(case), run_reference(case), run_reference(case, dtype="own")
+    got, exact, eager = run_op(case), run_reference(case), run_reference(case, exact=False)
     out_terms, grad_terms = magnitudes(case)
     within_rule("out", got.out, exact.out, eager.out, out_terms, backward=False)
     outside = torch.ones(case.num_tokens, dtype=torch.bool)

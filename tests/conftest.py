@@ -51,11 +51,11 @@ def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=
 
     Both must hold, with K, C = 2, 8 (forward) or 3, 32 (backward), as flash-attention bounds its
     error by that of same-dtype PyTorch:
-        ratio: max|got - ref| <= K * max|eager - ref| + 2 * eps * max(terms) + acc
+        ratio: max|got - ref| <= K * max|eager - ref| + 2 * eps * max|ref| + acc
         cap:   |got - ref| <= max(C * eps * terms, 2 * |eager - ref|) + acc, elementwise
-    acc is 8 float32 epsilons of `terms` where `reduced`, else 0. The ratio takes `terms` and not
-    |ref|: where terms cancel, eager is exact by luck only. float64 has no wider oracle: relative
-    1e-12 (forward) or 1e-11 (backward) of `terms`.
+    acc is 0; but where `reduced` it is 8 float32 epsilons of `terms`, and the ratio has `terms` in
+    place of |ref|: where a sum cancels, eager is exact by luck only. float64 has no wider oracle:
+    relative 1e-12 (forward) or 1e-11 (backward) of `terms`.
 
     Args:
         reference, eager: The same value in float64, and by eager ops in the dtype under test.
@@ -77,7 +77,8 @@ def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=
     k, c = (3, 32) if backward else (2, 8)
     accumulated = 8 * torch.finfo(torch.float32).eps * terms if reduced else 0 * terms
     eager_error = (eager.double() - reference).abs()
-    ratio = k * eager_error.max() + 2 * eps * terms.max() + accumulated.max()
+    scale = terms if reduced else reference.abs()
+    ratio = k * eager_error.max() + 2 * eps * scale.max() + accumulated.max()
     assert error.max() <= ratio, f"{name}: error {error.max():.3g} beyond ratio bound {ratio:.3g}"
     cap = torch.maximum(c * eps * terms, 2 * eager_error) + accumulated
     worst = (error - cap).argmax()
