@@ -258,9 +258,9 @@ def run_op(case):
     with mode:
         outputs = _call(case, leaves, held["block_out"].tensor)
     incoming = [held["grad_out"].tensor]
-    if len(outputs) == 2:  # half of it comes by the carrier
-        incoming = [incoming[0].clone(), incoming[0][:, case.rows].to(outputs[1].dtype) / 2]
-        incoming[0][:, case.rows] /= 2
+    if len(outputs) == 2:  # half of it comes by the carrier; what halving rounds off stays here
+        incoming = [incoming[0].clone(), incoming[0][:, case.rows] / 2]
+        incoming[0][:, case.rows] -= incoming[1]
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     found = {}
     if wanted:
