@@ -63,7 +63,7 @@ opcheck-newest: $(CHOSEN)
 # copy, since this build is slow.
 COVERAGE = build/coverage
 GCOV = --coverage -fprofile-update=atomic
-OP_TESTS = $(addprefix tests/test_,prompt_gate.py bad_inputs.py fuzz.py gradient_ownership.py cli.py)
+OP_TESTS = $(addprefix tests/test_,prompt_gate.py scaled_dot.py bad_inputs.py fuzz.py gradient_ownership.py cli.py)
 coverage: $(CHOSEN)
 	$(PIP) gcovr
 	rm -rf $(COVERAGE)

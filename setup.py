@@ -83,7 +83,7 @@ def extensions():
     cxx = ["-O3", here, "-ffp-contract=off", "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",
-        ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp"],
+        ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp", "csrc/scaled_dot_cpu.cpp"],
         include_dirs=include,
         extra_compile_args={"cxx": [*cxx, f"-DGP_BUILD_TORCH={plan.torch.version}"]},
         extra_link_args=LINK,
@@ -100,7 +100,7 @@ def extensions():
         ]
         cuda = CUDAExtension(
             "gated_prompt._C_cuda",
-            ["csrc/bindings_cuda.cpp", "csrc/prompt_gate.cu"],
+            ["csrc/bindings_cuda.cpp", "csrc/prompt_gate.cu", "csrc/scaled_dot.cu"],
             include_dirs=include,
             extra_compile_args={
                 "cxx": [*cxx, *facts, "-DUSE_CUDA"],

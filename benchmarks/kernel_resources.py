@@ -3,12 +3,12 @@
 
     make resources
 
-Compiles csrc/prompt_gate.cu for sm_90, reads ptxas' report, and disassembles the result. Fails if a
+Compiles csrc/*.cu for sm_90, reads ptxas' report, and disassembles the result. Fails if a
 kernel spills or has a stack, or if one for the widest packs (16 bytes of its narrowest type) moves
 a pack in pieces:
 
-* it has fewer 128-bit loads or stores than packs to move (`needed`, from the structure of
-  prompt_gate.cu; more are there where ptxas has unrolled a loop);
+* it has fewer 128-bit loads or stores than packs to move (`needed`, from the structure of the
+  sources; more are there where ptxas has unrolled a loop);
 * one of the stores of Pack::store is narrower. They are known by their suffix .SM, which __stwb
   leaves and the stores of single elements (logits, their gradients, partial sums) do not have.
 """
@@ -73,13 +73,15 @@ def needed(name):
         return 3 * out + read_pack, 2 * (out + into) + write_pack, narrow
     if kernel == "prompt_gate_linear_token_fwd_kernel":
         return 2 * out + into + read_pack, 3 * out, 0
+    if kernel == "scaled_dot_kernel":
+        return PACKS_IN_FLIGHT * (out + into), 0, 0
     sys.exit(f"kernel_resources: say what {name} has to move")
 
 
 def compile_kernels(toolkit, nvdisasm, source):
     """{mangled name: what ptxas and the machine code say}"""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "prompt_gate.cubin")
+        cubin = Path(folder, "kernels.cubin")
         nvcc = [f"{toolkit}/bin/nvcc", *FLAGS, str(source), "-o", str(cubin)]
         report = subprocess.run(nvcc, stderr=subprocess.PIPE, text=True, check=True).stderr
         sass = subprocess.run([nvdisasm, str(cubin)], capture_output=True, text=True).stdout
@@ -122,8 +124,9 @@ def main():
     nvdisasm = disassembler(toolkit)
     if nvdisasm is None:
         sys.exit("kernel_resources: nvdisasm is neither in the toolkit nor in triton's wheel")
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "csrc/prompt_gate.cu"
-    kernels = compile_kernels(toolkit, nvdisasm, source)
+    kernels = {}
+    for source in map(Path, sys.argv[1:] or sorted((ROOT / "csrc").glob("*.cu"))):
+        kernels |= compile_kernels(toolkit, nvdisasm, source)
     names = short_names(list(kernels))
     print(f"{'kernel (sm_90)':60} registers spills stack  LDG.128 needed  STG.128 needed")
     faults = []

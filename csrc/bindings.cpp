@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "bindings.h"
+#include "bindings_scaled_dot.h"
 
 namespace gated_prompt {
 namespace {
@@ -53,6 +54,18 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cpu(Tensor grad_out, const Tensor& saved,
                                            bool need_logit, bool need_bias, ScalarType in_dtype) {
   return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
                          need_in, need_logit, need_bias, in_dtype, launch_bwd);
+}
+
+Tensor dot_cpu(const Tensor& a, const Tensor& b, const Tensor& temperature) {
+  return scaled_dot(a, b, temperature, [](const ScaledDotParams& p) {
+    const DotTasks tasks = dot_tasks_of(p);
+    const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(tasks.count)]);
+    const int64_t grain = 4 * kTaskElements / kDotTaskElements;  // as in_parallel has it
+    torch::stable::parallel_for(0, tasks.count, grain, [&](int64_t begin, int64_t end) {
+      scaled_dot_cpu(p, begin, end, partials.get());
+    });
+    scaled_dot_finish_cpu(p, partials.get());
+  });
 }
 
 pybind11::dict build_info() {
@@ -123,12 +136,14 @@ STABLE_TORCH_LIBRARY(gated_prompt, m) {
       "prompt_gate_bwd_(Tensor(a!) grad_out, Tensor saved, Tensor gate_logit, "
       "Tensor? grad_carrier, int start, int length, bool mix, bool need_out, bool need_in, "
       "bool need_logit, bool need_bias, ScalarType in_dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("scaled_dot(Tensor a, Tensor b, Tensor temperature) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CPU, m) {
   m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cpu));
   m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cpu));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cpu));
+  m.impl("scaled_dot", TORCH_BOX(&dot_cpu));
 }
 
 }  // namespace gated_prompt

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "bindings_scaled_dot.h"
 
 namespace gated_prompt {
 namespace {
@@ -22,7 +23,7 @@ void check_cuda(int error) {
   if (text == nullptr) return;
   const std::string message(text);
   torch_c10_cuda_free_error_msg(text);
-  STD_TORCH_CHECK(false, "prompt_gate: ", message);
+  STD_TORCH_CHECK(false, "gated_prompt: ", message);
 }
 
 void* current_stream(const Tensor& tensor) {
@@ -51,8 +52,17 @@ Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
                                 : buffers.emplace(key, make(kMaxWorkspaceBytes)).first->second;
 }
 
-void check_on_cuda(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda(), "prompt_gate: ", name, " must be on CUDA");
+// launch(memory, stream) runs a kernel that needs `bytes` of the workspace, or no memory.
+template <class Launch>
+void launch_with_workspace(const Tensor& reference, size_t bytes, Launch launch) {
+  void* const stream = current_stream(reference);
+  if (bytes == 0) return check_cuda(launch(nullptr, stream));
+  const Tensor memory = workspace(reference, stream, bytes);
+  check_cuda(launch(memory.data_ptr(), stream));
+}
+
+void check_on_cuda(const Tensor& tensor, const char* name, const char* op = "prompt_gate") {
+  STD_TORCH_CHECK(tensor.is_cuda(), op, ": ", name, " must be on CUDA");
 }
 
 Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
@@ -90,15 +100,21 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda(Tensor grad_out, const Tensor& saved
   const DeviceGuard guard(grad_out.get_device_index());
   return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
                          need_in, need_logit, need_bias, in_dtype, [&](const PromptGateParams& p) {
-                           void* const stream = current_stream(grad_out);
-                           const size_t bytes = workspace_bytes(p);
-                           if (bytes == 0) {
-                             check_cuda(launch_prompt_gate_bwd(p, nullptr, stream));
-                           } else {
-                             const Tensor memory = workspace(grad_out, stream, bytes);
-                             check_cuda(launch_prompt_gate_bwd(p, memory.data_ptr(), stream));
-                           }
+                           launch_with_workspace(grad_out, workspace_bytes(p),
+                                                 [&](void* memory, void* stream) {
+                                                   return launch_prompt_gate_bwd(p, memory, stream);
+                                                 });
                          });
+}
+
+Tensor dot_cuda(const Tensor& a, const Tensor& b, const Tensor& temperature) {
+  check_on_cuda(a, "a", "scaled_dot");
+  const DeviceGuard guard(a.get_device_index());
+  return scaled_dot(a, b, temperature, [&](const ScaledDotParams& p) {
+    launch_with_workspace(a, workspace_bytes(plan_scaled_dot(p)), [&](void* memory, void* stream) {
+      return launch_scaled_dot(p, memory, stream);
+    });
+  });
 }
 
 pybind11::dict build_info() {
@@ -114,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CUDA, m) {
   m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cuda));
   m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cuda));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cuda));
+  m.impl("scaled_dot", TORCH_BOX(&dot_cuda));
 }
 
 }  // namespace gated_prompt

@@ -16,16 +16,6 @@ constexpr int kMinBlocks = 3;
 
 // ---- elements of any dtype: logits, weights, their gradients ----
 
-template <class F>
-__device__ __forceinline__ void visit(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: f(double{}); break;
-    case DType::kFloat32: f(float{}); break;
-    case DType::kBFloat16: f(BFloat16{}); break;
-    default: f(Half{}); break;
-  }
-}
-
 template <class A>
 __device__ __forceinline__ A read(const Rows& rows, int64_t offset) {
   A value{};
@@ -135,22 +125,7 @@ struct BackwardPack {
   }
 };
 
-// ---- sums over blocks ----
-//
-// One launch: of the blocks that share a sum, the one that arrives last adds their partial sums, in
-// a fixed order. Tickets wrap to 0 for the next launch.
-
-// Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
-__device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
-  __shared__ bool is_last;
-  __threadfence();  // each thread's partial sums before the ticket
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
-  __syncthreads();
-  const bool result = is_last;
-  __threadfence();  // the tickets before the partial sums
-  return result;
-}
+// ---- sums over blocks: see vec.cuh ----
 
 // What becomes of the sum of a gate, or (streamed) of a bias.
 __device__ __forceinline__ void finish_sum(const PromptGateParams& p, bool is_bias, RowIndex row,
@@ -171,20 +146,12 @@ __device__ __forceinline__ void finish_sum(const PromptGateParams& p, bool is_bi
 
 // One sum, of `value` over the threads of `blocks` blocks; this is number `block` of them.
 template <class A>
-__device__ __forceinline__ void sum_over_blocks(const PromptGateParams& p, bool is_bias,
-                                                RowIndex row, A value, unsigned blocks,
-                                                unsigned block, unsigned* ticket,
-                                                double* partials) {
-  const A block_total = block_sum(value);
-  double total = static_cast<double>(block_total);
-  if (blocks > 1) {
-    if (threadIdx.x == 0) partials[block] = total;
-    if (!arrives_last(ticket, blocks)) return;
-    total = 0;
-    for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
-    total = block_sum(total);
-  }
-  if (threadIdx.x == 0) finish_sum(p, is_bias, row, 0, total);
+__device__ __forceinline__ void gate_sum_over_blocks(const PromptGateParams& p, bool is_bias,
+                                                     RowIndex row, A value, unsigned blocks,
+                                                     unsigned block, unsigned* ticket,
+                                                     double* partials) {
+  sum_over_blocks(value, blocks, block, ticket, partials,
+                  [&](double total) { finish_sum(p, is_bias, row, 0, total); });
 }
 
 // A sum for each channel of a strip, of the threads in the same lane of the warps of `blocks`
@@ -289,14 +256,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       }
     }
     if (reduces && p.by_sample) {
-      sum_over_blocks(p, false, {b, 0}, sum, gridDim.x, blockIdx.x, tickets + b,
-                      partials + b * gridDim.x);
+      gate_sum_over_blocks(p, false, {b, 0}, sum, gridDim.x, blockIdx.x, tickets + b,
+                           partials + b * gridDim.x);
       sum = A(0);
     }
   }
   if (reduces && !p.by_sample) {
-    sum_over_blocks(p, false, {0, 0}, sum, gridDim.x * gridDim.y,
-                    blockIdx.y * gridDim.x + blockIdx.x, tickets, partials);
+    gate_sum_over_blocks(p, false, {0, 0}, sum, gridDim.x * gridDim.y,
+                         blockIdx.y * gridDim.x + blockIdx.x, tickets, partials);
   }
 }
 
@@ -438,8 +405,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                               tickets + group,
                               static_cast<A*>(partials) + group * gridDim.x * 32 * kVector);
       } else {
-        sum_over_blocks(p, is_bias, row, sums[0], gridDim.x, blockIdx.x, tickets + group,
-                        static_cast<double*>(partials) + group * gridDim.x);
+        gate_sum_over_blocks(p, is_bias, row, sums[0], gridDim.x, blockIdx.x, tickets + group,
+                             static_cast<double*>(partials) + group * gridDim.x);
       }
     }
   }

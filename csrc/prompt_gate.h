@@ -244,17 +244,27 @@ inline LaunchPlan plan_launch(const PromptGateParams& p) {
   return plan;
 }
 
+struct Division {
+  int64_t quotient, remainder;
+};
+
+// A 64-bit division costs some 100 instructions on a GPU.
+GP_INDEX Division divide(int64_t index, int64_t size) {
+  int64_t quotient;
+  if (((index | size) >> 32) == 0) {
+    quotient = static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
+  } else {
+    quotient = index / size;
+  }
+  return {quotient, index - quotient * size};
+}
+
 // By pack: position of pack `index` of a sample within Rows, in elements from the sample's first.
 GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
   if (plan.rows == 1) return index * plan.vector * rows.channel_stride;
-  int64_t row;
-  if (((index | plan.packs_per_row) >> 32) == 0) {  // a 64-bit division costs some 100 instructions
-    row = static_cast<uint32_t>(index) / static_cast<uint32_t>(plan.packs_per_row);
-  } else {
-    row = index / plan.packs_per_row;
-  }
-  const int64_t column = (index - row * plan.packs_per_row) * plan.vector;
-  return row * rows.row_stride + column * rows.channel_stride;
+  const Division pack = divide(index, plan.packs_per_row);
+  const int64_t column = pack.remainder * plan.vector;
+  return pack.quotient * rows.row_stride + column * rows.channel_stride;
 }
 
 // Device memory for sums over blocks: tickets, then partial sums. Each group of blocks that shares

@@ -1,39 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels. Each row is widened into buffers of the compute type A (float or double), which stay
 // in the nearest cache, unless it holds values of A already; plain loops work on it, which the
-// compiler vectorises for the instruction sets below. Memory is read and written once.
+// compiler vectorises for the instruction sets of vec_cpu.h. Memory is read and written once.
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
+#include "vec_cpu.h"
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
-// One build serves every x86-64: the loader picks the widest version that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
-#define GP_HAS_CLONES 1
-#define GP_TARGET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define GP_HAS_CLONES 0
-#define GP_TARGET_CLONES
-#endif
-
 namespace gated_prompt {
 namespace {
 
-// ---- loops over n elements; strides in elements, kUnit: 1, known at compile time ----
-
-template <bool kUnit>
-inline int64_t at(int64_t i, int64_t stride) {
-  return kUnit ? i : i * stride;
-}
-
-template <class T, class A, bool kUnit>  // source [n] -> target [n]
-GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __restrict__ target) {
-  for (int64_t i = 0; i < n; ++i) {
-    target[i] = static_cast<A>(widen(source[at<kUnit>(i, stride)]));
-  }
-}
+// ---- loops over n elements, beside those of vec_cpu.h ----
 
 // Results go to target [n] as they are made, rounded. A target may be a source, at the same
 // elements: no element depends on another, which is what ivdep says.
@@ -105,50 +85,12 @@ GP_TARGET_CLONES void multiply_add_row(const A* __restrict__ s, const A* __restr
   for (int64_t i = 0; i < n; ++i) sum[i] += s[i] * t[i];
 }
 
-// Sum of s*t in kLanes interleaved sums, which are the same lanes whatever the instruction set.
-template <class A>
-GP_TARGET_CLONES double dot_row(const A* s, const A* t, int64_t n) {
-  constexpr int64_t kLanes = 32;
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += s[i + k] * t[i + k];
-  }
-  for (int64_t k = 0; i + k < n; ++k) lanes[k] += s[i + k] * t[i + k];
-  double sum = 0;
-  for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
-  return sum;
-}
-
 // ---- rows of any dtype and stride <-> buffers ----
-
-template <class F>
-void visit(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: f(double{}); break;
-    case DType::kFloat32: f(float{}); break;
-    case DType::kBFloat16: f(BFloat16{}); break;
-    case DType::kFloat16: f(Half{}); break;
-  }
-}
 
 // The values of a row: where they lie, or widened in `buffer`.
 template <class A>
 const A* load_row(const Rows& rows, RowIndex row, int64_t n, A* buffer) {
-  const A* values = buffer;
-  visit(rows.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* source = static_cast<const T*>(rows.data) + offset_of(rows, row);
-    if constexpr (std::is_same_v<T, A>) {
-      if (rows.channel_stride == 1) {
-        values = source;
-        return;
-      }
-    }
-    rows.channel_stride == 1 ? load<T, A, true>(source, 1, n, buffer)
-                             : load<T, A, false>(source, rows.channel_stride, n, buffer);
-  });
-  return values;
+  return load_any(rows.data, rows.dtype, offset_of(rows, row), rows.channel_stride, n, buffer);
 }
 
 // Calls store(target, stride, unit stride?) with the row, in its dtype.

@@ -179,4 +179,13 @@ GP_HD A logit_gradient(A slope, A sum, bool mix) {
   return (mix ? A(2) : A(1)) * slope * sum;
 }
 
+// ---- a temperature ----
+
+// Gradient of a temperature by which q was divided, from dot = sum of q / temperature times its
+// gradient.
+template <class A>
+GP_HD A temperature_gradient(A temperature, A dot) {
+  return -dot / temperature;
+}
+
 }  // namespace gated_prompt

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packs of up to 16 bytes, and sums over a warp and a block.
+// Packs of up to 16 bytes, elements of any dtype, and sums over a warp, a block and blocks.
 #pragma once
 
 #include "prompt_gate.h"
+#include "prompt_gate_math.h"
 
 namespace gated_prompt {
 
@@ -54,6 +55,17 @@ struct Pack {
   }
 };
 
+// Calls f with a value of the C++ type that stands for dtype.
+template <class F>
+__device__ __forceinline__ void visit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: f(double{}); break;
+    case DType::kFloat32: f(float{}); break;
+    case DType::kBFloat16: f(BFloat16{}); break;
+    default: f(Half{}); break;
+  }
+}
+
 // Sum over the warp's lanes in a fixed order; the result is valid in lane 0.
 template <class A>
 __device__ __forceinline__ A warp_sum(A value) {
@@ -78,6 +90,40 @@ __device__ __forceinline__ A block_sum(A value) {
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
   }
   return sum;
+}
+
+// ---- sums over blocks ----
+//
+// One launch: of the blocks that share a sum, the one that arrives last adds their partial sums, in
+// a fixed order. Tickets wrap to 0 for the next launch.
+
+// Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
+__device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
+  __shared__ bool is_last;
+  __threadfence();  // each thread's partial sums before the ticket
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  __syncthreads();
+  const bool result = is_last;
+  __threadfence();  // the tickets before the partial sums
+  return result;
+}
+
+// Calls finish(total) in one thread, with the sum of `value` over the threads of `blocks` blocks;
+// this is number `block` of them.
+template <class A, class F>
+__device__ __forceinline__ void sum_over_blocks(A value, unsigned blocks, unsigned block,
+                                                unsigned* ticket, double* partials, F&& finish) {
+  const A block_total = block_sum(value);
+  double total = static_cast<double>(block_total);
+  if (blocks > 1) {
+    if (threadIdx.x == 0) partials[block] = total;
+    if (!arrives_last(ticket, blocks)) return;
+    total = 0;
+    for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
+    total = block_sum(total);
+  }
+  if (threadIdx.x == 0) finish(total);
 }
 
 }  // namespace gated_prompt

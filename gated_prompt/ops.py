@@ -114,6 +114,16 @@ def _(
     )
 
 
+@torch.library.register_fake("gated_prompt::scaled_dot")
+def _(a, b, temperature):
+    devices = {a.device, b.device, temperature.device}  # a mix with meta comes here, too
+    torch._check(
+        len(devices) == 1,
+        lambda: f"scaled_dot: a, b and temperature must be on one device, got {devices}",
+    )
+    return temperature.new_empty(temperature.shape)
+
+
 @torch.library.custom_op("gated_prompt::copy_rows", mutates_args=())
 def copy_rows(rows: torch.Tensor) -> torch.Tensor:
     """A copy that compilers keep.

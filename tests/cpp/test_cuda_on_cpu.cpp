@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cases.h"
+#include "scaled_dot_cases.h"
 #include "vec.cuh"
 
 namespace {
@@ -115,6 +116,35 @@ void check_backward(const Call& start) {
     check_same(got.grad_logit, first_logit, "grad_logit in another order");
     check_same(got.grad_bias, first_bias, "grad_bias in another order");
   }
+}
+
+// ---- scaled_dot ----
+
+void check_dot(const DotCall& start) {
+  double wanted = 0, terms = 0;
+  start.oracle(&wanted, &terms);
+  Workspace workspace;
+  Tensor first = start.result;
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    DotCall got = start, cpu = start;
+    const ScaledDotParams p = coalesce(got.params());
+    CHECK(launch_scaled_dot(p, workspace.data.data(), nullptr) == 0, "launch");
+    workspace.check_ready(workspace_bytes(plan_scaled_dot(p)));
+    CHECK(got.a.bytes == start.a.bytes && got.b.bytes == start.b.bytes, "inputs");
+    run_dot_cpu(cpu.params());
+    check_same(got.result, cpu.result, "result", 2 * start.bound(wanted, terms));
+    if (seed == seeds[0]) first = got.result;
+    check_same(got.result, first, "result in another order");
+  }
+}
+
+void test_scaled_dot() {
+  for_each_dot(check_dot);
+  seeds = {0, 1};
+  // more packs than blocks may hold a partial sum of: threads loop
+  check_dot(DotCall({{8, 600, 32, 14}, packed, heads_first}, {kF32, kBF16}, kF32));
+  check_dot(DotCall({{5, 300, 32, 45}, dense, gaps}, {kBF16, kBF16}, kF64));
 }
 
 // ---- laws over the tables ----
@@ -244,5 +274,6 @@ int main(int argc, char** argv) {
                      {"backward", test_backward},
                      {"scalar", test_scalar},
                      {"many_blocks", test_many_blocks},
+                     {"scaled_dot", test_scaled_dot},
                  });
 }
