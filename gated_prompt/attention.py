@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with a learnable temperature; the only file that imports xformers."""
+"""Attention with a learnable temperature at no cost; the only file that imports xformers."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gated_prompt.functional import is_traced
+from gated_prompt.ops import no_autocast
+
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 TEMPERATURE_RANGE = (0.01, 10.0)
-
-
-def clamp_straight_through(temperature: Tensor) -> Tensor:
-    """temperature within [0.01, 10]; its gradient passes as if there were no clamp."""
-    # not t + (clamp(t) - t), which cancels: -1 in bfloat16 would become 0.0078
-    return temperature.clamp(*TEMPERATURE_RANGE).detach() + (temperature - temperature.detach())
+_log = logging.getLogger(__name__)
 
 
 def tempered_attention(
@@ -25,36 +25,192 @@ def tempered_attention(
     """Self-attention with a temperature: softmax(q k^T * d^-0.5 / tau) v, tau = clamp(temperature).
 
     q is divided by tau, so any attention kernel serves unchanged. tau is clamped to [0.01, 10] with
-    a straight-through gradient; the value stored in `temperature` is not changed.
+    a straight-through gradient; the value stored in `temperature` is not changed, and never read by
+    the host.
 
     Args:
         q, k, v: [B, N, H, d], one floating dtype.
-        temperature: [] or a float.
+        temperature: A tensor of one element, or a float. May be float32 beside bfloat16 q.
         backend: "sdpa" (torch's scaled_dot_product_attention), "xformers"
             (memory_efficient_attention, CUDA only), "math" (explicit softmax, for checks), "auto"
-            (today: sdpa).
+            (xformers on CUDA where it supports dtype and head size, else sdpa; the logger
+            `gated_prompt.attention` says once at level INFO which it took, and why).
 
     Returns:
-        [B, N, H, d]. Gradients flow to q, k, v and temperature.
+        [B, N, H, d]. Gradients flow to q, k, v and temperature. That of temperature is
+        -1/tau * sum(q' * dq'), over the divided q' and its gradient, summed in float32 (float64) in
+        a fixed order.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend; a temperature of more than one element.
         RuntimeError: an explicit backend can't run here; there is no silent replacement.
 
     Source: Yoo et al., ICML 2023, arXiv 2306.05067, section 3.3.
     """
     if backend not in BACKENDS:
         raise ValueError(f"tempered_attention: backend must be one of {BACKENDS}, got {backend!r}")
-    low, high = TEMPERATURE_RANGE
-    is_tensor = isinstance(temperature, Tensor)
-    q = q / (clamp_straight_through(temperature) if is_tensor else min(max(temperature, low), high))
-    if backend == "xformers":
-        reason = "q is on the CPU" if q.device.type != "cuda" else unavailable_reason("xformers")
-        if reason is not None:
-            raise RuntimeError(f"tempered_attention: backend='xformers' can't run: {reason}")
-        from xformers.ops import memory_efficient_attention
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(
+            "tempered_attention: temperature must have one element or be a float, "
+            f"got {list(temperature.shape)}"
+        )
+    return attend(tempered(q, temperature), k, v, backend)
 
-        return memory_efficient_attention(q, k, v)
+
+# ---- temperature ----
+
+
+def clamped(temperature: Tensor | float) -> Tensor | float:
+    """[] or a float, within [0.01, 10]."""
+    low, high = TEMPERATURE_RANGE
+    if isinstance(temperature, Tensor):
+        return temperature.reshape(()).clamp(low, high)  # [1] would widen the dtype of q / tau
+    return min(max(temperature, low), high)
+
+
+def clamp_straight_through(temperature: Tensor) -> Tensor:
+    """`clamped`, with a gradient as if there were no clamp."""
+    # not t + (clamp(t) - t), which cancels: -1 in bfloat16 would become 0.0078
+    return clamped(temperature).detach() + (temperature - temperature.detach()).reshape(())
+
+
+def tempered(q: Tensor, temperature: Tensor | float) -> Tensor:
+    """q / clamp(temperature)."""
+    if not isinstance(temperature, Tensor):
+        return q if temperature == 1 else q / clamped(temperature)
+    if is_traced(q, temperature):
+        return q / clamp_straight_through(temperature)
+    return _TemperedQuery.apply(q, temperature)
+
+
+def _differentiable(temperature: Tensor) -> Tensor:
+    """The clamped temperature, for a backward; with a graph only where one is asked for."""
+    grads = torch.is_grad_enabled()
+    return clamp_straight_through(temperature) if grads else clamped(temperature)
+
+
+def _temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Tensor) -> Tensor:
+    """-1/tau * sum(q * grad), q already divided by tau, in the shape of temperature: one read of
+    both, no copy of either."""
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        dtype = torch.promote_types(q.dtype, torch.float32)  # differentiable, or mapped by vmap
+        gradient = (-(q.to(dtype) * grad.to(dtype)).sum() / tau).to(tau.dtype)
+    else:
+        gradient = torch.ops.gated_prompt.scaled_dot(q, grad, tau)
+    return gradient.reshape(temperature.shape)
+
+
+class _TemperedQuery(torch.autograd.Function):
+    """q / clamp(tau), of which nothing but the result is saved, and that by attention anyway."""
+
+    @staticmethod
+    def forward(ctx, q, temperature):
+        out = q / clamped(temperature)
+        ctx.save_for_backward(out, temperature)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, temperature = ctx.saved_tensors
+        tau = _differentiable(temperature)
+        need_q, need_temperature = ctx.needs_input_grad
+        return (
+            grad / tau if need_q else None,
+            _temperature_gradient(out, grad, tau, temperature) if need_temperature else None,
+        )
+
+
+# ---- projection ----
+
+
+def _folded(weight, bias, temperature, rows, dtype):
+    """weight and bias in dtype, their first `rows` rows divided by the clamped temperature."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    tau, results = clamped(temperature), []
+    for tensor in (weight, bias):
+        if tensor is not None:
+            result = tensor.to(dtype, copy=True)
+            torch.div(tensor[:rows], tau, out=result[:rows])  # rounded once
+        results.append(None if tensor is None else result)
+    return results
+
+
+class _FrozenProjection(torch.autograd.Function):
+    """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one; the first divided by tau.
+
+    weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over the first rows
+    of them, not over q. x is not saved, nor the divided weight. In backward each part's gradient
+    meets its rows of the weight where it lies: unbind's backward would stack the three first.
+    learned [B, P, C]: a copy of the rows of x from `start` on, which gets their gradient in place
+    of x, which then gets none. Else None.
+    """
+
+    @staticmethod
+    def forward(ctx, x, learned, weight, bias, temperature, start, num_heads, parts):
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = x.dtype
+        rows = weight.shape[0] // parts
+        with no_autocast(device):
+            out = F.linear(x.to(dtype), *_folded(weight, bias, temperature, rows, dtype))
+        outputs = out.unflatten(-1, (parts, num_heads, -1)).unbind(2)
+        is_learned = isinstance(temperature, Tensor)
+        ctx.save_for_backward(weight, *((temperature, outputs[0]) if is_learned else ()))
+        ctx.temperature = None if is_learned else temperature
+        ctx.rows = None if learned is None else slice(start, start + learned.shape[1])
+        ctx.x_dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weight, *saved = ctx.saved_tensors
+        temperature = saved[0] if saved else ctx.temperature
+        tau = _differentiable(temperature) if saved else clamped(temperature)
+        grad_temperature = grad_x = None
+        if saved and ctx.needs_input_grad[4] and grads[0] is not None:
+            grad_temperature = _temperature_gradient(saved[1], grads[0], tau, temperature)
+        if ctx.rows is not None:
+            grads = [None if grad is None else grad[:, ctx.rows] for grad in grads]
+        if any(ctx.needs_input_grad[:2]) and any(grad is not None for grad in grads):
+            with no_autocast(weight.device.type):
+                grad_x = _project_back(grads, weight, tau).to(ctx.x_dtype)
+        of_x = (grad_x, None) if ctx.rows is None else (None, grad_x)
+        return *of_x, None, None, grad_temperature, None, None, None
+
+
+def _project_back(grads, weight, tau):
+    """sum over the parts of grad [B, N, H*d] @ rows of weight."""
+    rows, total = weight.shape[0] // len(grads), None
+    for part, grad in enumerate(grads):
+        if grad is None:
+            continue
+        weight_rows = weight[part * rows : (part + 1) * rows]
+        if part == 0 and not (isinstance(tau, float) and tau == 1):
+            weight_rows = weight_rows / tau
+        weight_rows = weight_rows.to(grad.dtype)
+        grad = grad.reshape(*grad.shape[:2], rows)
+        if total is None:
+            total = grad @ weight_rows
+        elif torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            total = total + grad @ weight_rows
+        else:
+            total.view(-1, total.shape[-1]).addmm_(grad.reshape(-1, rows), weight_rows)
+    return total
+
+
+# ---- backends ----
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """softmax(q k^T * d^-0.5) v: q [B, M, H, d], k and v [B, N, H, d] -> [B, M, H, d]."""
+    if backend == "auto" and not (q.is_cuda and not is_traced(q, k, v) and _takes_xformers(q)):
+        backend = "sdpa"
+    if backend in ("auto", "xformers"):
+        return _xformers_attention(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if backend == "math":
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
@@ -77,46 +233,211 @@ def unavailable_reason(backend: str) -> str | None:
     return None
 
 
+def _takes_xformers(q: Tensor) -> bool:
+    return _why_not_xformers(q.dtype, q.shape[-1], q.device.index, q.requires_grad) is None
+
+
+@functools.cache
+def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
+    """None if it runs, else why not; asked once for each kind of input, and logged."""
+    reason = unavailable_reason("xformers")
+    if reason is None:
+        from xformers.ops import memory_efficient_attention
+
+        sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=f"cuda:{device}")
+        sample.requires_grad_(needs_grad)  # packed as ours are: strides decide, too
+        try:
+            with torch.enable_grad():
+                memory_efficient_attention(*sample.unbind(2))
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            reason = f"xformers does not support it: {error}"
+    taken = "xformers" if reason is None else "sdpa"
+    why = "xformers supports these inputs" if reason is None else reason
+    _log.info(
+        "attention='auto' takes %s for %s, head size %d, on %s: %s",
+        taken, dtype, head_dim, torch.cuda.get_device_name(device), why,
+    )  # fmt: skip
+    return reason
+
+
+def _xformers_attention(q, k, v):
+    reason = f"q is on {q.device}" if not q.is_cuda else unavailable_reason("xformers")
+    if reason is None:
+        from xformers.ops import memory_efficient_attention
+
+        try:
+            return memory_efficient_attention(q, k, v)
+        except NotImplementedError as error:
+            reason = str(error)
+    raise RuntimeError(f"tempered_attention: backend='xformers' can't run: {reason}")
+
+
+# ---- timm's attention ----
+
+
 class TemperedAttention(nn.Module):
-    """A timm `Attention` whose softmax has a temperature; takes its place in a block, and can give
+    """A timm attention whose softmax has a temperature; takes its place in a block, and can give
     it back.
 
     Attributes:
         attn: The timm module, unchanged; its weights are used, its forward is not.
-        temperature: A learnable float32 parameter [], or a constant float.
+        temperature: A learnable float32 parameter [1], or a constant float.
+        keeps_folded: Whether the weights with the temperature in them are kept from one forward
+            without gradients to the next, until a weight or the temperature changes.
     """
 
     def __init__(self, attn: nn.Module, temperature: float, learnable: bool, backend: str):
         super().__init__()
-        from timm.layers import Attention
-
-        if type(attn) is not Attention:
-            raise TypeError(
-                "TemperedAttention: attn must be a timm.layers.Attention, "
-                f"got {type(attn).__module__}.{type(attn).__name__}"
-            )
+        check_attention(attn)
         self.attn = attn
         self.backend = backend
         self.temperature = (
-            nn.Parameter(torch.tensor(float(temperature), device=attn.qkv.weight.device))
+            nn.Parameter(torch.tensor([float(temperature)], device=attn.proj.weight.device))
             if learnable
             else float(temperature)
         )
+        self.keeps_folded = False
+        self._kept: dict = {}
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rows: slice | None = None,
+        learned: tuple[Tensor, int] | None = None,
     ) -> Tensor:
+        """x [B, N, C] -> [B, N, C].
+
+        Args:
+            rope: timm's rotary embedding of the tokens after the prefix, [..., N', 2d].
+            rows: The result of these tokens alone, which attend to all.
+            learned: A copy of some rows of x, [B, P, C], and where they start: these are all of x
+                that is learned, and get the gradient. Only where `takes_learned_rows`.
+        """
         if attn_mask is not None or is_causal:
             raise NotImplementedError("TemperedAttention: attention masks are not supported")
         attn = self.attn
-        batch, num_tokens, _ = x.shape
-        qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.unbind(2)
-        out = tempered_attention(
-            attn.q_norm(q), attn.k_norm(k), v, self.temperature, self.backend
-        ).flatten(2)
-        out = attn.norm(out)
+        if attn.training and attn.attn_drop.p > 0:
+            raise NotImplementedError(
+                f"TemperedAttention: dropout of attention weights is not supported, got "
+                f"attn_drop={attn.attn_drop.p} in training mode"
+            )
+        q, k, v = self._queries_keys_values(x, rows, learned)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rope is not None:
+            first = 0 if rows is None else rows.start
+            q, k = self._rotated(q, rope, first).type_as(v), self._rotated(k, rope, 0).type_as(v)
+        if not self._folds():
+            q = tempered(q, self.temperature)
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1:
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        out = attn.norm(attend(q, k, v, self.backend).flatten(2))
         gate = getattr(attn, "gate", None)  # timm's gated attention, newer than timm's first 1.0
         if gate is not None:
-            out = out * gate(x).sigmoid()
+            out = out * gate(x if rows is None else x[:, rows]).sigmoid()
         return attn.proj_drop(attn.proj(out))
+
+    def takes_learned_rows(self) -> bool:
+        gate = getattr(self.attn, "gate", None)  # it reads x, too
+        return gate is None and self._is_frozen()
+
+    def _is_frozen(self) -> bool:
+        """Whether the projection's weights are frozen, and used eagerly."""
+        attn = self.attn
+        query = attn.q_proj if attn.qkv is None else attn.qkv
+        bias = query.bias if getattr(attn, "q_bias", None) is None else attn.q_bias
+        tuned = query.weight.requires_grad or (bias is not None and bias.requires_grad)
+        return not (tuned or is_traced(query.weight))
+
+    def _folds(self) -> bool:
+        """Whether the temperature goes into the weights."""
+        return isinstance(self.attn.q_norm, nn.Identity) and self._is_frozen()
+
+    def _queries_keys_values(self, x, rows, learned):
+        """[B, M, H, d] of the rows, and twice [B, N, H', d]."""
+        attn, parts = self.attn, []
+        if attn.qkv is None:
+            projections = [(p.weight, p.bias, 1) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        else:
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            if getattr(attn, "q_bias", None) is not None:  # Eva's: keys have none
+                bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+            projections = [(weight, bias, 3)]
+            if rows is not None:
+                size = weight.shape[0] // 3
+                biases = (None, None) if bias is None else (bias[:size], bias[size:])
+                projections = [(weight[:size], biases[0], 1), (weight[size:], biases[1], 2)]
+        for weight, bias, count in projections:
+            source = x if rows is None or parts else x[:, rows]
+            temperature = 1.0 if parts else self.temperature
+            parts += self._project(source, weight, bias, temperature, count, learned)
+        return parts
+
+    def _project(self, x, weight, bias, temperature, count, learned):
+        num_heads = weight.shape[0] // count // self.attn.head_dim
+        if is_traced(x) or not self._is_frozen():
+            return F.linear(x, weight, bias).unflatten(-1, (count, num_heads, -1)).unbind(2)
+        if not self._folds():
+            temperature = 1.0
+        if self.keeps_folded and not torch.is_grad_enabled():
+            folded = self._kept_folded(x, weight, bias, temperature, count)
+            return F.linear(x, *folded).unflatten(-1, (count, num_heads, -1)).unbind(2)
+        rows, start = (None, None) if learned is None else learned
+        return _FrozenProjection.apply(x, rows, weight, bias, temperature, start, num_heads, count)
+
+    def _kept_folded(self, x, weight, bias, temperature, count):
+        if not isinstance(temperature, Tensor) and temperature == 1:
+            return weight, bias
+        device = x.device.type
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
+        key = (count, dtype)
+        sources = [t for t in (weight, bias, temperature) if isinstance(t, Tensor)]
+        state = [(t.data_ptr(), t._version) for t in sources if not t.is_inference()]
+        if len(state) == len(sources) and self._kept.get(key, (None,))[0] == state:
+            return self._kept[key][1]
+        folded = _folded(weight, bias, temperature, weight.shape[0] // count, dtype)
+        self._kept[key] = (state, folded)
+        return folded
+
+    def _rotated(self, t, rope, first):
+        """t [B, M, H, d], tokens `first` on, with those after the prefix rotated by rope."""
+        from timm.layers import apply_rot_embed_cat
+
+        prefix = max(self.attn.num_prefix_tokens - first, 0)
+        start = max(first - self.attn.num_prefix_tokens, 0)
+        t = t.transpose(1, 2)
+        turned = t[:, :, prefix:]
+        rope = rope[..., start : start + turned.shape[2], :]
+        half = getattr(self.attn, "rotate_half", False)
+        turned = apply_rot_embed_cat(turned, rope, half=half)
+        return torch.cat([t[:, :, :prefix], turned], dim=2).transpose(1, 2)
+
+    # what may change a weight without a new version of it
+
+    def train(self, mode: bool = True) -> TemperedAttention:
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._kept.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._kept.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def check_attention(attn: nn.Module | None) -> None:
+    """Raises TypeError unless attn is one of timm's that TemperedAttention restates."""
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import EvaAttention
+
+    if type(attn) not in (Attention, AttentionRope, EvaAttention):
+        raise TypeError(
+            "TemperedAttention: attn must be a timm.layers.Attention or AttentionRope, or a "
+            f"timm.models.eva.EvaAttention, got {type(attn).__module__}.{type(attn).__name__}"
+        )

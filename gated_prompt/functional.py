@@ -67,7 +67,7 @@ def prompt_gate(
     start, rows = _checked(
         "prompt_gate", block_out, block_in, start, length, rule, gate_logit=gate_logit
     )
-    if _is_traced(block_out, block_in, gate_logit):
+    if is_traced(block_out, block_in, gate_logit):
         new = _gated_rows(block_out[:, start : start + length], rows, gate_logit, rule)
         return block_out.slice_scatter(new, 1, start, start + length)
     block_out = _own_copy("prompt_gate", block_out)
@@ -110,7 +110,7 @@ def prompt_gate_(
     start, rows = _checked(
         "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
     )
-    if _is_traced(block_out, block_in, gate_logit):
+    if is_traced(block_out, block_in, gate_logit):
         h, rows, target = _traced_rows(block_out, rows, carrier, start, length)
         target.copy_(_gated_rows(h, rows, gate_logit, rule))
         return _traced_result(block_out, carrier, start, length)
@@ -160,7 +160,7 @@ def prompt_gate_linear(
     start, rows = _checked(
         "prompt_gate_linear", block_out, block_in, start, length, rule, weight=weight, bias=bias
     )
-    if _is_traced(block_out, block_in, weight, bias):
+    if is_traced(block_out, block_in, weight, bias):
         h = block_out[:, start : start + length]
         new = _gated_rows(h, rows, linear_logit(h, weight, bias), rule)
         return block_out.slice_scatter(new, 1, start, start + length)
@@ -188,7 +188,7 @@ def prompt_gate_linear_(
     start, rows = _checked(
         op, block_out, block_in, start, length, rule, carrier, weight=weight, bias=bias
     )
-    if _is_traced(block_out, block_in, weight, bias):
+    if is_traced(block_out, block_in, weight, bias):
         h, rows, target = _traced_rows(block_out, rows, carrier, start, length)
         target.copy_(_gated_rows(h, rows, linear_logit(h, weight, bias), rule))
         return _traced_result(block_out, carrier, start, length)
@@ -271,7 +271,7 @@ def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
     return new.to(h.dtype)
 
 
-def _is_traced(*tensors: Tensor | None) -> bool:
+def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something looks at the ops: torch.compile, export, functorch, forward AD, subclasses.
 
     A compiler must see aten: an opaque op would keep Inductor from fusing the gate into its

@@ -17,7 +17,7 @@ from gated_prompt.functional import (
 )
 
 GATES = {  # name: shape of its parameter
-    "scalar": (),
+    "scalar": (1,),  # not (): FSDP2's fully_shard takes no parameter without dimensions
     "channel": ("dim",),
     "token": ("num_prompts", 1),
     "full": ("num_prompts", "dim"),
@@ -164,7 +164,7 @@ class PromptTokens(nn.Module):
         if self.init == "normal":
             nn.init.normal_(self.tokens)
             return
-        bound = math.sqrt(6 / (self.patch_dim + self.tokens.shape[1]))
+        bound = math.sqrt(6 / (self.patch_dim + self.tokens.shape[-1]))
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def forward(self, x: Tensor, num_prefix_tokens: int = 1) -> tuple[Tensor, Tensor, int]:
@@ -184,6 +184,35 @@ class PromptTokens(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{list(self.tokens.shape)}, position={self.position}, init={self.init}"
+
+
+class DeepPromptTokens(nn.Module):
+    """Fresh prompt tokens for each block but the first, as VPT-deep has them.
+
+    Attributes:
+        tokens: [L - 1, P, D], a float32 parameter; tokens[l] enter block l + 1, counted from 0.
+    """
+
+    def __init__(self, first: PromptTokens, depth: int):
+        """Makes the tokens for blocks 1, ..., depth - 1, as `first`, those of block 0, were made.
+
+        Source: Jia et al., ECCV 2022, arXiv 2203.12119 (VPT).
+        """
+        super().__init__()
+        _check_positive_int("DeepPromptTokens", "depth", depth)
+        self.tokens = nn.Parameter(torch.empty(depth - 1, *first.tokens.shape))
+        self.dropout = nn.Dropout(first.dropout.p)
+        self.init, self.patch_dim = first.init, first.patch_dim
+        self.reset_parameters()
+
+    reset_parameters = PromptTokens.reset_parameters
+
+    def forward(self, block: int, like: Tensor) -> Tensor:
+        """The prompts that enter `block` >= 1, [B, P, D], in batch size and dtype of like."""
+        return self.dropout(self.tokens[block - 1].expand(len(like), -1, -1)).to(like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.tokens.shape)}, init={self.init}"
 
 
 def _check_positive_int(owner: str, name: str, value) -> None:

@@ -288,11 +288,11 @@ def linear_logit(h, weight, bias):
     """h @ weight.T + bias in h's dtype, for weight [1, D] in float32 (float64); autocast or not."""
     dtype = h.dtype if weight.shape[0] != 1 else torch.promote_types(h.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
-    with _no_autocast(h.device.type):
+    with no_autocast(h.device.type):
         return torch.nn.functional.linear(h.to(dtype), weight.to(dtype), bias)
 
 
-def _no_autocast(device_type):
+def no_autocast(device_type):
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -324,7 +324,7 @@ def _backward(ctx, grad_out, grad_carrier, counts, gradients):
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     given = (ctx, grad_out.resolve_neg(), grad_carrier, need_out, need_rows or need_carrier)
     bwd = functools.partial(_bwd_in_aten if is_batched else _bwd_kernel, *given)
-    with torch.no_grad(), _no_autocast(grad_out.device.type):
+    with torch.no_grad(), no_autocast(grad_out.device.type):
         grad_out, grad_in, *of_gate = gradients(ctx, bwd)
     grads = [grad_out, grad_in, grad_in, None, *of_gate]
     grads += [None] * (len(ctx.needs_input_grad) - len(grads))

@@ -394,7 +394,7 @@ def test_cuda_tensor_without_cuda_kernels(function, monkeypatch):
     """A fake CUDA tensor stands for a real one; the traced path that would take it is closed."""
     reason = "gated_prompt was built without CUDA"
     monkeypatch.setattr(ops, "cuda_unavailable_reason", reason)
-    monkeypatch.setattr(functional, "_is_traced", lambda *tensors: False)
+    monkeypatch.setattr(functional, "is_traced", lambda *tensors: False)
     with FakeTensorMode():
         arguments = {
             name: torch.empty(value.shape, device="cuda") if torch.is_tensor(value) else value

@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with a temperature: the function, and timm's modules with a temperature in them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_within_rule, timm_or_skip
+from torch import nn
+
+timm_or_skip()
+from timm.layers import Attention, AttentionRope, DiffAttention
+from timm.models.eva import EvaAttention
+
+import gated_prompt as gp
+from gated_prompt import attention
+from gated_prompt.attention import TemperedAttention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+B, N, H, D = 2, 9, 3, 8
+
+
+def leaf(*size, dtype=torch.float64):
+    return torch.randn(*size, dtype=dtype).requires_grad_()
+
+
+@pytest.fixture
+def scaled_dots(monkeypatch):
+    """The calls of the kernel, and what it was given."""
+    calls, kernel = [], torch.ops.gated_prompt.scaled_dot
+    monkeypatch.setattr(
+        torch.ops.gated_prompt, "scaled_dot", lambda *args: calls.append(args) or kernel(*args)
+    )
+    return calls
+
+
+# ---- the function ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_clamped_temperature_is_exact_in_every_dtype(dtype):
+    for value in (-100.0, -1.0, -0.5, 0.0, 0.01, 0.7, 10.0, 11.0, 3e4):
+        tau = torch.tensor(value, dtype=dtype, requires_grad=True)
+        clamped = attention.clamp_straight_through(tau)
+        assert clamped == tau.clamp(0.01, 10.0)
+        assert torch.autograd.grad(clamped, tau)[0] == 1
+        (gradient,) = torch.autograd.grad(attention.clamp_straight_through(tau[None]), tau)
+        assert gradient == 1
+    q, k, v = torch.randn(3, 2, 5, 2, 4)
+    tensor = gp.tempered_attention(q, k, v, torch.tensor(100.0))
+    assert torch.equal(gp.tempered_attention(q, k, v, 100.0), tensor)
+
+
+@pytest.mark.parametrize("value", [0.001, 50.0])
+def test_temperature_is_clamped_with_a_straight_through_gradient(value):
+    q, k, v = torch.randn(3, 2, 5, 2, 4, dtype=torch.float64)
+    clamped = min(max(value, 0.01), 10.0)
+    gradients = []
+    for start in (value, clamped):
+        tau = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        out = gp.tempered_attention(q, k, v, tau)
+        (gradient,) = torch.autograd.grad(out.square().sum(), tau)
+        gradients.append((out.detach(), gradient))
+        assert tau.item() == start, "the stored value must not change"
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert gradients[0][1] != 0
+
+
+def test_attention_backends_agree_or_say_why_not():
+    q, k, v = torch.randn(3, 2, 7, 3, 8, dtype=torch.float64)
+    tau = torch.tensor(0.7, dtype=torch.float64)
+    wanted = gp.tempered_attention(q, k, v, tau, "math")
+    torch.testing.assert_close(gp.tempered_attention(q, k, v, tau, "sdpa"), wanted)
+    torch.testing.assert_close(gp.tempered_attention(q, k, v, tau, "auto"), wanted)
+    with pytest.raises(RuntimeError, match="backend='xformers' can't run: q is on cpu"):
+        gp.tempered_attention(q, k, v, tau, "xformers")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        gp.tempered_attention(q, k, v, tau, "flash")
+
+
+def explicit(q, k, v, tau):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.mT / (q.shape[-1] ** 0.5 * tau)).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_function_and_gradients_are_those_of_the_formula(backend, scaled_dots):
+    leaves = [leaf(B, N, H, D) for _ in range(3)]
+    tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(B, N, H, D, dtype=torch.float64)
+    results = []
+    for function in (lambda *a: gp.tempered_attention(*a, backend), explicit):
+        out = function(*leaves, tau)
+        results.append([out, *torch.autograd.grad(out, [*leaves, tau], grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert len(scaled_dots) == 1
+
+
+def test_first_and_second_derivatives_are_right():
+    q, k, v = (leaf(1, 4, 2, 3) for _ in range(3))
+    tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    arguments = (q, k, v, tau)
+
+    def function(q, k, v, tau):
+        return gp.tempered_attention(q, k, v, tau, "math")
+
+    torch.autograd.gradcheck(function, arguments, atol=1e-6, rtol=1e-4)
+    torch.autograd.gradgradcheck(function, arguments, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_temperature_gradient_is_summed_in_float32(dtype, device):
+    q, k, v = (torch.randn(4, 50, 3, 32, device=device).to(dtype) for _ in range(3))
+    grad = torch.randn(4, 50, 3, 32, device=device).to(dtype)
+    tau = torch.tensor(0.7, device=device, requires_grad=True)
+    q.requires_grad_()
+    divided = attention.tempered(q, tau)
+    divided.retain_grad()
+    gp_out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (divided, k, v)))
+    (gradient,) = torch.autograd.grad(gp_out.transpose(1, 2), tau, grad, retain_graph=True)
+    (of_divided,) = torch.autograd.grad(gp_out.transpose(1, 2), divided, grad)
+    terms = divided.detach().double() * of_divided.double()
+    eager = (-(divided.detach().float() * of_divided.float()).sum() / tau.detach()).to(tau.dtype)
+    assert_within_rule(
+        "temperature", gradient, -terms.sum() / 0.7, eager, terms.abs().sum() / 0.7,
+        backward=True, reduced=True,
+    )  # fmt: skip
+
+
+def test_nothing_of_the_size_of_q_is_saved_beside_what_attention_saves():
+    q, k, v = (leaf(B, N, H, D, dtype=torch.float32) for _ in range(3))
+    tau = torch.tensor(0.6, requires_grad=True)
+    storages = []
+    for function in (
+        lambda: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q * 1, k, v))),
+        lambda: gp.tempered_attention(q, k, v, tau),
+    ):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.update({t.data_ptr(): t}) or t, lambda t: t
+        ):
+            function()
+        storages.append(sum(t.numel() for t in kept.values()))
+    assert storages[1] == storages[0] + 1  # the temperature
+
+
+def test_traced_and_transformed_calls_are_plain_pytorch(monkeypatch):
+    own = attention._temperature_gradient
+    monkeypatch.delattr(attention, "_temperature_gradient")  # only our Functions ask for it
+    q, k, v = (leaf(B, N, H, D) for _ in range(3))
+    tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(explicit(q, k, v, tau).square().sum(), (q, tau))
+
+    def loss(q, tau):
+        return gp.tempered_attention(q, k.detach(), v.detach(), tau, "math").square().sum()
+
+    for got in (
+        torch.func.grad(loss, argnums=(0, 1))(q, tau),
+        torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, tau), (q, tau)),
+    ):
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    mapped = torch.vmap(lambda q: gp.tempered_attention(q[None], k[:1], v[:1], tau, "math")[0])(q)
+    each = [gp.tempered_attention(one[None], k[:1], v[:1], tau, "math")[0] for one in q]
+    torch.testing.assert_close(mapped, torch.stack(each))
+    monkeypatch.setattr(attention, "_temperature_gradient", own, raising=False)
+    many = torch.randn(3, B, N, H, D, dtype=torch.float64)
+    out = gp.tempered_attention(q, k, v, tau, "math")
+    batched = torch.autograd.grad(out, tau, many, is_grads_batched=True, retain_graph=True)[0]
+    single = [torch.autograd.grad(out, tau, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
+def test_temperature_of_several_elements_is_refused():
+    q, k, v = torch.randn(3, B, N, H, D)
+    with pytest.raises(ValueError, match=r"temperature must have one element or .*, got \[3\]"):
+        gp.tempered_attention(q, k, v, torch.ones(3))
+
+
+# ---- timm's modules ----
+
+DIM = H * D
+NORM = {"norm_layer": nn.LayerNorm}
+MODULES = {
+    "Attention": lambda: Attention(DIM, H, qkv_bias=True),
+    "Attention, no bias": lambda: Attention(DIM, H),
+    "Attention, norms": lambda: Attention(DIM, H, qk_norm=True, scale_norm=True, **NORM),
+    "Attention, gated": lambda: Attention(DIM, H, gated=True, qkv_bias=True),
+    "Attention, wide heads": lambda: Attention(DIM, H, attn_head_dim=12, qkv_bias=True),
+    "AttentionRope": lambda: AttentionRope(DIM, H),
+    "AttentionRope, grouped": lambda: AttentionRope(
+        DIM, 4, attn_head_dim=D, num_kv_heads=2, qkv_fused=False
+    ),
+    "AttentionRope, norms, half": lambda: AttentionRope(
+        DIM, H, qk_norm=True, rotate_half=True, num_prefix_tokens=3, **NORM
+    ),
+    "EvaAttention": lambda: EvaAttention(DIM, H, **NORM),
+    "EvaAttention, no bias": lambda: EvaAttention(DIM, H, qkv_bias=False, scale_norm=False),
+    "EvaAttention, separate": lambda: EvaAttention(DIM, H, qkv_fused=False, **NORM),
+    "EvaAttention, separate bias": lambda: EvaAttention(DIM, H, qkv_bias_separate=True, **NORM),
+}
+
+
+def make_module(name):
+    torch.manual_seed(1)
+    attn = MODULES[name]().double().eval().requires_grad_(False)
+    for parameter in attn.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    rope = None
+    if not isinstance(attn, Attention):
+        angle = torch.randn(N - attn.num_prefix_tokens, attn.head_dim // 2, dtype=torch.float64)
+        # in turn for each pair of channels, or for the first and the second half of them
+        wide = angle.repeat(1, 2) if attn.rotate_half else angle.repeat_interleave(2, 1)
+        rope = torch.cat([wide.sin(), wide.cos()], dim=1)
+    return attn, {} if rope is None else {"rope": rope}
+
+
+def timms_own(attn, x, options, tau):
+    """By timm's explicit attention, whose scale is d^-0.5 / tau."""
+    attn = copy.deepcopy(attn)
+    attn.fused_attn, attn.scale = False, attn.scale / tau
+    return attn(x, **options)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("value", [1.0, 0.6, "learned", "thawed"])
+def test_module_is_timms_with_a_temperature(name, value, scaled_dots):
+    attn, options = make_module(name)
+    attn.requires_grad_(value == "thawed")
+    learned = isinstance(value, str)
+    module = TemperedAttention(attn, 0.6 if learned else value, learned, "sdpa").double()
+    x = leaf(B, N, DIM)
+    tau = torch.tensor([0.6 if learned else value], dtype=torch.float64, requires_grad=learned)
+    if learned:
+        with torch.no_grad():
+            module.temperature.copy_(tau)
+    grad = torch.randn(B, N, DIM, dtype=torch.float64)
+    out, wanted = module(x, **options), timms_own(attn, x, options, tau)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-11)
+    got = torch.autograd.grad(out, [x, module.temperature] if learned else [x], grad)
+    want = torch.autograd.grad(wanted, [x, tau] if learned else [x], grad)
+    for a, b in zip(got, want, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert len(scaled_dots) == learned
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 5), slice(4, N)], ids=str)
+def test_rows_alone_are_those_rows_of_all(name, rows):
+    attn, options = make_module(name)
+    module = TemperedAttention(attn, 0.6, True, "sdpa").double()
+    x = leaf(B, N, DIM)
+    grad = torch.randn(B, rows.stop - rows.start, DIM, dtype=torch.float64)
+    results = []
+    for out in (module(x, rows=rows, **options), module(x, **options)[:, rows]):
+        results.append([out, *torch.autograd.grad(out, [x, module.temperature], grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_learned_rows_get_the_gradient_of_those_rows(name):
+    attn, options = make_module(name)
+    module = TemperedAttention(attn, 0.6, True, "sdpa").double()
+    x = leaf(B, N, DIM)
+    if getattr(attn, "gate", None) is not None:
+        assert not module.takes_learned_rows()
+        return
+    assert module.takes_learned_rows()
+    rows = x[:, 2:5].detach().requires_grad_()
+    grad = torch.randn(B, N, DIM, dtype=torch.float64)
+    wanted = module(x, **options)
+    got = module(x.detach(), learned=(rows, 2), **options)
+    torch.testing.assert_close(got, wanted)
+    of_x, of_tau = torch.autograd.grad(wanted, [x, module.temperature], grad)
+    of_rows, tau = torch.autograd.grad(got, [rows, module.temperature], grad)
+    torch.testing.assert_close(of_rows, of_x[:, 2:5], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(tau, of_tau)
+    assert not TemperedAttention(attn.requires_grad_(True), 1.0, False, "sdpa").takes_learned_rows()
+
+
+def test_folded_projection_has_first_and_second_derivatives():
+    x, weight, bias = leaf(1, 3, 4), torch.randn(12, 4).double(), torch.randn(12).double()
+    tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+    def function(x, tau):
+        return attention._FrozenProjection.apply(x, None, weight, bias, tau, None, 2, 3)
+
+    torch.autograd.gradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
+    torch.autograd.gradgradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
+    many = [torch.randn(5, *t.shape, dtype=torch.float64) for t in function(x, tau)]
+    batched = torch.autograd.grad(function(x, tau), (x, tau), many, is_grads_batched=True)
+    for i in range(5):
+        single = torch.autograd.grad(function(x, tau), (x, tau), [t[i] for t in many])
+        for a, b in zip(batched, single, strict=True):
+            torch.testing.assert_close(a[i], b)
+    q, _, _ = function(x, tau)  # of which k and v are not used
+    torch.testing.assert_close(
+        torch.autograd.grad(q.sum(), x)[0],
+        torch.autograd.grad(F.linear(x, weight[:4], bias[:4]).sum() / tau, x)[0],
+    )
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast_computes_as_a_cast_module_does(weights):
+    attn, _ = make_module("Attention")
+    attn = attn.to(weights)
+    module = TemperedAttention(attn, 0.6, True, "sdpa")
+    x = leaf(B, N, DIM, dtype=torch.float32)
+    exact = copy.deepcopy(attn).double()
+    with torch.no_grad():  # along which the temperature changes the result
+        ends = [timms_own(exact, x.double(), {}, tau) for tau in (0.5, 0.7)]
+        grad = (ends[0] - ends[1]).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    got = torch.autograd.grad(out, [x, module.temperature], grad.bfloat16())
+    x64, tau = x.detach().double().requires_grad_(), torch.tensor(0.6).double().requires_grad_()
+    q, k, v = exact.qkv(x64).unflatten(2, (3, H, D)).unbind(2)
+    q = q / tau
+    wanted = exact.proj(explicit(q, k, v, 1.0).flatten(2))
+    want = torch.autograd.grad(wanted, [x64, tau, q], grad.bfloat16().double())
+    for a, b in ((out, wanted), (got[0], want[0])):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+    # a sum that cancels: held against its terms
+    eps, terms = torch.finfo(torch.bfloat16).eps, (q * want[2]).abs().sum() / 0.6
+    assert (got[1] - want[1]).abs() < eps * terms
+    assert want[1].abs() > 3 * eps * terms, "a wrong factor would pass"
+    assert got[0].dtype == got[1].dtype == torch.float32
+
+
+def test_gradients_of_q_k_and_v_are_not_stacked(device):
+    attn, _ = make_module("Attention")
+    names = {}
+    for module in (attn, TemperedAttention(attn, 0.6, True, "sdpa")):
+        x = torch.randn(B, N, DIM, device=device, requires_grad=True)
+        loss = module.float().to(device)(x).sum()
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        names[type(module)] = [event.name for event in profile.events()]
+    assert "aten::stack" in names[Attention], "timm's own stacks: what is tested has changed"
+    assert not {"aten::stack", "aten::cat"} & set(names[TemperedAttention])
+    # torch's kernel for the CPU gives them as [B, H, N, d], which no GEMM takes
+    assert names[TemperedAttention].count("aten::clone") <= (3 if device.type == "cpu" else 0)
+
+
+# ---- weights kept from one forward without gradients to the next ----
+
+
+def change_by_step(module):
+    optimizer = torch.optim.SGD([module.temperature], lr=0.5, foreach=True)
+    module.temperature.grad = torch.ones_like(module.temperature)
+    optimizer.step()
+
+
+def change_by_loading(module):
+    state = {k: v + 0.1 for k, v in module.state_dict().items()}
+    module.load_state_dict(state)
+
+
+def change_in_place(module):
+    with torch.no_grad():
+        module.attn.qkv.weight.mul_(1.5)
+
+
+def change_of_data(module):
+    module.attn.qkv.weight.data = module.attn.qkv.weight.data * 1.5
+
+
+def change_of_data_in_place(module):
+    module.temperature.data.mul_(1.5)
+    module.train(False)  # as model.eval() and model.train() do
+
+
+def change_of_dtype(module):
+    module.float().double()
+
+
+CHANGES = [change_by_step, change_by_loading, change_in_place, change_of_data,
+           change_of_data_in_place, change_of_dtype]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_kept_weights_follow_every_change(change):
+    attn, _ = make_module("Attention")
+    module = TemperedAttention(attn, 0.6, True, "sdpa").double()
+    x = torch.randn(B, N, DIM, dtype=torch.float64)
+    module.keeps_folded = True
+    with torch.no_grad():
+        first = module(x)
+        kept = [value for _, value in module._kept.values()]
+        assert len(kept) == 1
+        assert torch.equal(module(x), first)
+        assert next(iter(module._kept.values()))[1] is kept[0], "a second call must not fold anew"
+    change(module)
+    with torch.no_grad():
+        wanted = timms_own(module.attn, x, {}, module.temperature)
+        torch.testing.assert_close(module(x), wanted, rtol=1e-10, atol=1e-11)
+        assert not torch.equal(wanted, first)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), wanted, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(module(x), wanted, rtol=1e-10, atol=1e-11)  # with gradients
+    module(x).sum().backward()
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        copied.temperature.fill_(1.3)
+        assert not torch.equal(copied(x), module(x))
+
+
+def test_nothing_is_kept_unless_asked_for_or_under_another_autocast():
+    attn, _ = make_module("Attention")
+    module = TemperedAttention(attn.float(), 0.6, True, "sdpa")
+    x = torch.randn(B, N, DIM)
+    with torch.no_grad():
+        module(x)
+        assert module._kept == {}
+        module.keeps_folded = True
+        plain = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = module(x)
+        assert torch.equal(module(x), plain)
+    assert cast.dtype == torch.bfloat16
+    assert (cast.float() - plain).norm() < 0.02 * plain.norm()
+    module.keeps_folded = False
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(module(x), cast)
+
+
+def test_what_it_cannot_do_is_refused():
+    attn, _ = make_module("Attention")
+    module = TemperedAttention(attn, 1.0, False, "sdpa")
+    x = torch.randn(B, N, DIM, dtype=torch.float64)
+    for options in ({"attn_mask": torch.ones(N, N, dtype=torch.bool)}, {"is_causal": True}):
+        with pytest.raises(NotImplementedError, match="attention masks are not supported"):
+            module(x, **options)
+    attn.attn_drop.p = 0.5
+    with pytest.raises(NotImplementedError, match=r"dropout of attention weights .* attn_drop=0.5"):
+        module.train()(x)
+    module.eval()(x)
+    for other in (DiffAttention(DIM, H), nn.Identity(), None, type("Mine", (Attention,), {})(DIM)):
+        with pytest.raises(TypeError, match=r"attn must be a timm.layers.Attention or .*, got "):
+            TemperedAttention(other, 1.0, False, "sdpa")
+
+
+# ---- which kernel runs ----
+
+
+def test_auto_says_once_what_it_took_and_why(monkeypatch, caplog):
+    attention._why_not_xformers.cache_clear()
+    monkeypatch.setattr(attention, "unavailable_reason", lambda backend: "it is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    with caplog.at_level("INFO", logger="gated_prompt.attention"):
+        for _ in range(2):
+            assert attention._why_not_xformers(torch.bfloat16, 64, 0, True) is not None
+    attention._why_not_xformers.cache_clear()
+    (record,) = caplog.records
+    for part in ("takes sdpa", "bfloat16", "head size 64", "a GPU", "it is not installed"):
+        assert part in record.getMessage()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+def test_attention_backends_on_cuda(backend):
+    if attention.unavailable_reason(backend) is not None:
+        pytest.skip(attention.unavailable_reason(backend))
+    q, k, v = torch.randn(3, 2, 70, 3, 64, dtype=torch.bfloat16, device="cuda")
+    tau = torch.tensor(0.7, device="cuda", requires_grad=True)
+    results = []
+    for name in (backend, "math"):
+        out = gp.tempered_attention(q, k, v, tau, name)
+        results.append((out, torch.autograd.grad(out.float().square().sum(), tau)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=5e-2, atol=5e-2)
+
+
+KERNELS = {  # backend: what its forward is called by, of which one must be seen, and never others'
+    "xformers": ("flash_fwd", "fmha_cutlass", "efficient_attention_forward"),
+    "sdpa": (
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
+        "_cudnn_attention_forward",
+    ),
+    "math": ("aten::softmax", "aten::_softmax"),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_backend_that_was_asked_for_is_the_kernel_that_ran(backend, learned):
+    if attention.unavailable_reason(backend) is not None:
+        pytest.skip(attention.unavailable_reason(backend))
+    torch.manual_seed(1)
+    attn = Attention(3 * 64, 3, qkv_bias=True).cuda().bfloat16().requires_grad_(False)
+    module = TemperedAttention(attn, 0.7, learned, backend)
+    x = torch.randn(4, 100, 3 * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        out = module(x)
+    names = " ".join(event.name for event in profile.events())
+    assert any(name in names for name in KERNELS[backend]), names
+    others = {"math"} if backend != "math" else {"xformers", "sdpa"}
+    for other in others:
+        assert not any(name in names for name in KERNELS[other]), names
+    wanted = TemperedAttention(attn, 0.7, learned, "math")
+    grad = torch.randn_like(out)
+    results = [
+        [y, *torch.autograd.grad(y, [x, m.temperature] if learned else [x], grad)]
+        for m, y in ((module, out), (wanted, wanted(x)))
+    ]
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b.double()).norm() < 0.02 * b.double().norm()
+
+
+@pytest.mark.cuda
+def test_auto_takes_xformers_where_it_runs_and_else_sdpa():
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float64, 64)):
+        q, k, v = torch.randn(3, 2, 70, 3, head_dim, dtype=torch.float64, device="cuda").to(dtype)
+        wanted = gp.tempered_attention(q, k, v, 0.7, "math")
+        torch.testing.assert_close(
+            gp.tempered_attention(q, k, v, 0.7), wanted, rtol=2e-2, atol=2e-2
+        )
+    if attention.unavailable_reason("xformers") is None:
+        assert attention._why_not_xformers(torch.bfloat16, 64, 0, True) is None
+        assert attention._why_not_xformers(torch.float64, 64, 0, True) is not None
+        with pytest.raises(RuntimeError, match="backend='xformers' can't run"):
+            gp.tempered_attention(q, k, v, 0.7, "xformers")
