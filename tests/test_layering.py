@@ -16,13 +16,24 @@ PACKAGE = ROOT / "gated_prompt"
 LAYERS = (
     {"reference", "ops"},
     {"functional"},
-    {"modules", "attention"},
+    {"modules", "attention", "prompt_init", "checkpoint"},
     {"vit"},
+    {"backbones"},
+    {"artifacts"},
     {"tune", "plots"},
     {"demo"},
     {"cli"},
 )
-THIRD_PARTY = {"timm", "xformers", "sklearn", "matplotlib", "rich", "tyro", "torchmetrics"}
+THIRD_PARTY = {
+    "timm",
+    "xformers",
+    "safetensors",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "tyro",
+    "torchmetrics",
+}
 
 
 def imports_of(path):

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was tuned, as a folder: tuned.safetensors, and config.json with a digest of everything.
+
+A folder is loaded whole or not at all: each byte of both files is checked, and so is the backbone.
+The digests find damage and mix-ups. Who can write the folder can also write digests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gated_prompt import __version__
+from gated_prompt.attention import TemperedAttention
+from gated_prompt.backbones import create_backbone
+from gated_prompt.checkpoint import CheckpointError
+from gated_prompt.prompt_init import DATA_INITS
+from gated_prompt.vit import GatedPromptViT, check_backbone, unwrap, wrap
+
+FORMAT = 1
+TENSORS, CONFIG = "tuned.safetensors", "config.json"
+_NEW = ".new"  # a save writes its files under this suffix first
+_MAX_CONFIG = 16 << 20  # bytes; 21,000 long class names and a tuned ViT-g have 2 MB
+_MAX_SIDE = 4096  # of an image that a backbone is built for
+_RUN_OPTIONS = ("attention", "memory", "last_block", "frozen_dtype", "prompt_dropout")
+_DTYPES = {str(t)[6:]: t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_INPUT = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+_ROPE = (
+    "temperature", "rotate_half", "in_pixels", "linear_bands", "max_res", "ref_feat_shape",
+    "grid_offset", "grid_indexing", "min_period", "max_period", "normalize_coords",
+)  # fmt: skip
+_DIGEST = "[0-9a-f]{64}"
+_FIELDS = {  # of config.json
+    "format": int, "gated_prompt": str, "options": dict, "class_names": (list, type(None)),
+    "metrics": (dict, type(None)), "backbone": dict, "tensors": dict, "tensors_sha256": str,
+    "sha256": str,
+}  # fmt: skip
+_BACKBONE_FIELDS = {
+    "architecture": (str, type(None)), "tag": (str, type(None)), "source": (str, type(None)),
+    "global_pool": str, "input": dict, "facts": dict, "frozen_sha256": str,
+}  # fmt: skip
+
+
+def save_tuned(
+    model: GatedPromptViT,
+    folder: str | os.PathLike,
+    *,
+    class_names: list[str] | None = None,
+    metrics: dict | None = None,
+) -> Path:
+    """Writes what was tuned, and what it takes to load it, into `folder`.
+
+    At every moment, also after a kill or a power cut, the folder holds what it held before or all
+    of the new. Other files in it stay. Prompts can't be merged into a backbone: to load them takes
+    its weights, which are known again by their digest.
+
+    Args:
+        model: What `wrap` returned.
+        folder: Made if missing; a tuned model in it is replaced.
+        class_names: One for each output of the head; None: `model.class_names`, if still as many.
+        metrics: Anything that JSON can hold, finite.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError, ValueError: an argument; a head that `load_tuned` could not make.
+        OSError: with the path; also where one of our files is a symbolic link.
+    """
+    _check_model("save_tuned", model)
+    own_names = getattr(model, "class_names", None)
+    if class_names is None and own_names is not None and len(own_names) == model.num_classes:
+        class_names = own_names
+    if isinstance(class_names, str):
+        raise TypeError(f"save_tuned: class_names must be a list, got {class_names!r}")
+    is_linear = type(model.head) is nn.Linear and model.head.bias is not None
+    if not (is_linear or type(model.head) is nn.Identity):
+        raise ValueError(f"save_tuned: head must be as reset_classifier makes it, got {model.head}")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in _tuned(model).items()}
+    data = safetensors.torch.save(tensors, {"format": "pt"})
+    dtype = model.options["frozen_dtype"]
+    config = {
+        "format": FORMAT,
+        "gated_prompt": __version__,
+        "options": {**model.options, "frozen_dtype": None if dtype is None else str(dtype)[6:]},
+        "class_names": None if class_names is None else list(class_names),
+        "metrics": metrics,
+        "backbone": _identity(model.backbone, tensors, model._before_narrowing),
+        "tensors": {name: _describe(tensor) for name, tensor in tensors.items()},
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    try:
+        config["sha256"] = hashlib.sha256(_text(config)).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"save_tuned: metrics must be finite, and JSON: {error}") from None
+    folder, text = Path(folder), _text(config)
+    _parse(text, folder / CONFIG)  # what is saved can be loaded
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, fcntl.LOCK_EX) as directory:
+            _write(folder, directory, data, text)
+    except OSError as error:  # of the errors' own paths, fsync and write have none
+        path = str(error.filename or folder)
+        raise OSError(error.errno, f"save_tuned: {error.strerror}", path) from None
+    return folder
+
+
+def load_tuned(
+    folder: str | os.PathLike,
+    backbone: nn.Module | None = None,
+    *,
+    strict_backbone: bool = True,
+    **options,
+) -> GatedPromptViT:
+    """Wraps a backbone as it was when `folder` was saved, with what was tuned.
+
+    Args:
+        folder: Written by `save_tuned`.
+        backbone: A timm model with the weights that were frozen then, on any device; changed until
+            `unwrap`, as by `wrap`. None: timm's of that name, downloaded.
+        strict_backbone: False: a backbone with other weights or another architecture gives a
+            warning, as long as the tensors fit.
+        options: Of `wrap`'s, those that change how the model runs, not what was tuned: attention,
+            memory, last_block, frozen_dtype, prompt_dropout. As saved where not given.
+
+    Returns:
+        The model in eval mode; `model.class_names` is the saved list or None. What was tuned of the
+        backbone itself, by "full" and the like, is copied into it, and is trainable again.
+
+    Raises:
+        CheckpointError: the folder is damaged or of a newer format; the backbone is another one, or
+            can't be had. The backbone is as it was.
+        OSError: FileNotFoundError and others, with the path.
+        TypeError, RuntimeError: backbone is no timm ViT, or is wrapped.
+    """
+    folder = Path(folder)
+    if unknown := options.keys() - set(_RUN_OPTIONS):
+        raise TypeError(f"load_tuned: options must be among {_RUN_OPTIONS}, got {sorted(unknown)}")
+    if backbone is not None:
+        check_backbone(backbone)
+    with _locked(folder, fcntl.LOCK_SH):
+        config = read_config(folder)
+        tensors = _read_tensors(folder, config)
+    vit = _build(config["backbone"], folder) if backbone is None else backbone
+    differences = _differences(config["backbone"], _identity(vit, tensors))
+    if differences:
+        message = f"load_tuned: {str(folder)!r} was tuned on another backbone: {differences}"
+        if strict_backbone:
+            raise CheckpointError(f"{message}; strict_backbone=False loads it all the same")
+        warnings.warn(message, stacklevel=2)
+    saved = dict(config["options"])
+    own_init = saved["prompt_init"]
+    if own_init in DATA_INITS:
+        saved["prompt_init"] = "uniform"  # to be overwritten, and needs no images
+    try:
+        saved["frozen_dtype"] = _DTYPES.get(saved["frozen_dtype"], saved["frozen_dtype"])
+        model = wrap(vit, **(saved | options))
+        try:
+            model.options["prompt_init"] = own_init
+            _fit(model, tensors)
+            load_tuned_state_dict(model, tensors)
+        except BaseException:
+            unwrap(model)
+            raise
+    except Exception as error:  # the options are from a file: anything
+        raise CheckpointError(f"load_tuned: {str(folder)!r}: {error}") from error
+    model.class_names = config["class_names"]
+    return model.eval()
+
+
+def read_config(folder: str | os.PathLike) -> dict:
+    """config.json of a saved folder, checked: options, class names, metrics, backbone.
+
+    Raises:
+        CheckpointError: not JSON, of a newer format, with a field missing or of a wrong type, or
+            changed since it was saved.
+        OSError: FileNotFoundError and others, with the path.
+    """
+    path = Path(folder) / CONFIG
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{str(path)!r} is not a regular file")
+    with open(path, "rb") as file:
+        return _parse(file.read(_MAX_CONFIG + 1), path)
+
+
+def tuned_state_dict(model: GatedPromptViT) -> dict[str, Tensor]:
+    """What was tuned, by the names of `model.tuned_parameters()`; detached, not copied."""
+    _check_model("tuned_state_dict", model)
+    return {name: parameter.detach() for name, parameter in _tuned(model).items()}
+
+
+@torch.no_grad()
+def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) -> None:
+    """Copies what `tuned_state_dict` gave into a model that was wrapped alike.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or of another shape: the model has another
+            method, gate, number of prompts or classes. It is as it was.
+    """
+    _check_model("load_tuned_state_dict", model)
+    targets, problems = _tuned(model), []
+    for words, names in (
+        ("missing", targets.keys() - state.keys()),
+        ("unexpected", state.keys() - targets.keys()),
+    ):
+        if names:
+            problems.append(f"{len(names)} tensors {words} ({_first(names)})")
+    for name in sorted(targets.keys() & state.keys()):
+        if not isinstance(state[name], Tensor):
+            raise TypeError(f"load_tuned_state_dict: {name} must be a tensor, got {state[name]!r}")
+        wanted, got = list(targets[name].shape), list(state[name].shape)
+        if wanted != got:
+            problems.append(f"{name} must be {wanted}, got {got}")
+    if problems:
+        own = ", ".join(f"{o}={model.options[o]!r}" for o in ("method", "gate", "num_prompts"))
+        raise CheckpointError(
+            f"load_tuned_state_dict: {'; '.join(problems[:5])}; the model has {own} and "
+            f"{model.num_classes} classes"
+        )
+    for name, target in targets.items():
+        target.copy_(state[name])
+
+
+def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
+    """The classes, the dtypes and what is tuned of the backbone, as these tensors have it."""
+    for name, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_(_name(f"backbone.{name}") in tensors)
+    model.reset_classifier(len(tensors["head.weight"]) if "head.weight" in tensors else 0)
+    for name, parameter in _tuned(model).items():
+        if name in tensors and not name.startswith("backbone."):
+            parameter.data = parameter.data.to(tensors[name].dtype)
+
+
+# ---- names and identity ----
+
+
+def _check_model(who: str, model) -> None:
+    if not isinstance(model, GatedPromptViT):
+        raise TypeError(f"{who}: model must be what wrap returned, got {type(model).__name__}")
+
+
+def _name(name: str) -> str:
+    """A parameter's name as if nothing had been patched, see `GatedPromptViT.tuned_parameters`."""
+    name = re.sub(r"^backbone\.blocks\.(\d+)\.attn\.temperature$", r"temperatures.\1", name)
+    return name.replace(".attn.attn.", ".attn.")
+
+
+def _tuned(model: GatedPromptViT) -> dict[str, nn.Parameter]:
+    """`model.tuned_parameters()`, and what the wrapper added even where the user froze it."""
+    named = {_name(name): parameter for name, parameter in model.named_parameters()}
+    return {n: p for n, p in named.items() if p.requires_grad or not n.startswith("backbone.")}
+
+
+def _describe(tensor: Tensor) -> str:
+    """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def _identity(vit: nn.Module, tuned: Mapping, narrowed=()) -> dict:
+    """What tells a backbone from others: as timm has it, but for `tuned` and its own unused head.
+
+    narrowed: (parameter, original) of those that the wrapper keeps in another dtype.
+    """
+    originals = {id(parameter): original for parameter, original in narrowed}
+    state = {_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
+    lines = [
+        f"{name} {_describe(originals.get(id(tensor), tensor))}\n"
+        for name, tensor in sorted(state.items())
+        if name not in tuned and re.match(r"backbone\.(?!head\.)", name)
+    ]
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    config = config if isinstance(config, dict) else vars(config)
+    weight = vit.patch_embed.proj.weight
+    identity = {
+        "architecture": config.get("architecture"),
+        "tag": config.get("tag"),
+        "source": getattr(vit, "_gated_prompt_source", None),  # set by load_backbone
+        "global_pool": vit.global_pool,
+        "input": {key: config.get(key) for key in _INPUT},
+        "facts": _facts(vit) | {"dtype": str(originals.get(id(weight), weight).dtype)[6:]},
+        "frozen_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+    }
+    return json.loads(json.dumps(identity))  # tuples to lists
+
+
+def _facts(vit: nn.Module) -> dict:
+    """What of an architecture decides its results, most of which the tensors don't show."""
+    block, embed, rope = vit.blocks[0], vit.patch_embed, getattr(vit, "rope", None)
+    attn = getattr(block, "attn", None)
+    attn = attn.attn if isinstance(attn, TemperedAttention) else attn
+    registers = getattr(vit, "reg_token", None)
+    norms = {
+        "norm_pre": vit.norm_pre, "norm1": getattr(block, "norm1", None),
+        "q_norm": getattr(attn, "q_norm", None), "norm": vit.norm, "fc_norm": vit.fc_norm,
+    }  # fmt: skip
+    return {
+        "model": type(vit).__name__,
+        "block": type(block).__name__,
+        "img_size": embed.img_size,
+        "patch_size": embed.patch_size,
+        "in_chans": embed.proj.in_channels,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": getattr(attn, "num_heads", None),
+        "num_prefix_tokens": vit.num_prefix_tokens,
+        "num_reg_tokens": 0 if registers is None else registers.shape[1],
+        "no_embed_class": getattr(vit, "no_embed_class", None),
+        "activation": repr(getattr(getattr(block, "mlp", None), "act", None)),
+        **{n: f"{type(m).__name__}, eps={getattr(m, 'eps', None)}" for n, m in norms.items()},
+        "rope": rope and {"kind": type(rope).__name__} | {n: getattr(rope, n, None) for n in _ROPE},
+    }
+
+
+def _differences(saved: dict, got: dict) -> str:
+    """In words; empty if there are none. The architecture first: it explains the rest."""
+    wanted, facts = saved["facts"], got["facts"]
+    words = [
+        f"{name}={wanted[name]!r}, got {facts.get(name)!r}"
+        for name in wanted
+        if wanted[name] != facts.get(name)
+    ]
+    if not words and saved["frozen_sha256"] != got["frozen_sha256"]:
+        (wanted, got) = (f"{i['architecture']}.{i['tag']}, {i['source']}" for i in (saved, got))
+        words = [f"frozen weights with another SHA-256 ({wanted!r}), got {got!r}"]
+    return "; ".join(words)
+
+
+def _build(saved: dict, folder: Path) -> nn.Module:
+    """The backbone by timm's name; `create_backbone` takes no other."""
+    hint = "build it and pass backbone="
+    name = ".".join(part for part in (saved["architecture"], saved["tag"]) if part)
+    if saved["architecture"] is None or saved["source"] not in (None, "timm"):
+        source = saved["source"] or "a model without a timm name"
+        raise CheckpointError(f"{str(folder)!r}: its backbone's weights came from {source}; {hint}")
+    size = saved["facts"].get("img_size")
+    sides = size if isinstance(size, list) and len(size) == 2 else [0]
+    if size is not None and not all(type(s) is int and 1 <= s <= _MAX_SIDE for s in sides):
+        raise CheckpointError(f"{str(folder)!r}: img_size must be two sides, got {size!r}")
+    try:
+        options = {"img_size": size and tuple(size), "global_pool": saved["global_pool"]}
+        return create_backbone(name, pretrained=True, **options)
+    except Exception as error:  # of timm, huggingface_hub and the network, any
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError(
+            f"{str(folder)!r}: its backbone {name!r} can't be had here ({reason}); {hint}"
+        ) from error
+
+
+# ---- reading ----
+
+
+def _first(names) -> str:
+    """The first five, with repr: a file's names may hold terminal escapes."""
+    names = sorted(names)
+    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _text(config: dict) -> bytes:
+    return json.dumps(config, indent=2, allow_nan=False).encode()
+
+
+def _parse(data: bytes, path: Path) -> dict:
+    """config.json, once all of it has been checked."""
+
+    def need(condition, reason):
+        if not condition:
+            raise CheckpointError(f"{str(path)!r} {reason}")
+
+    def need_fields(part, fields, where):
+        missing = fields.keys() - part.keys()
+        need(not missing, f"has no {_first(missing)}{where}")
+        need(not part.keys() - fields.keys(), f"has unknown {_first(part.keys() - fields.keys())}")
+        for name, types in fields.items():
+            got = type(part[name]).__name__
+            need(isinstance(part[name], types), f"has a wrong type {got} for {name!r}{where}")
+
+    need(len(data) <= _MAX_CONFIG, f"has more than {_MAX_CONFIG} bytes")
+    try:
+        config = json.loads(data.decode("ascii"))
+        need(isinstance(config, dict), "is not of a tuned model")
+        version = config.get("format")
+        need(version == FORMAT, f"must have format {FORMAT}, got {version!r}: another gated_prompt")
+        need_fields(config, _FIELDS, "")
+        need_fields(config["backbone"], _BACKBONE_FIELDS, " of the backbone")
+        unsigned = _text({name: value for name, value in config.items() if name != "sha256"})
+        is_whole = _text(config) == data
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is not JSON as saved: {error}") from None
+    is_whole = is_whole and config["sha256"] == hashlib.sha256(unsigned).hexdigest()
+    need(is_whole, "was changed after it was saved: its sha256 is not that of its text")
+    known = inspect.signature(wrap).parameters.keys() - {"vit", "init_images"}
+    strangers = config["options"].keys() - known
+    need(not strangers, f"has options that this gated_prompt has not: {_first(strangers)}")
+    need(
+        {"num_prompts", "prompt_init", "frozen_dtype"} <= config["options"].keys(), "lacks options"
+    )
+    for name, words in config["tensors"].items():
+        is_known = isinstance(words, str) and re.fullmatch(rf"\w+ \[[\d, ]*\] {_DIGEST}", words)
+        need(is_known, f"describes {name!r} as {str(words)[:100]!r}")
+    counts = {}
+    for name in ("head.weight", "prompts.tokens"):
+        rows = re.match(r"\w+ \[(\d+),", config["tensors"].get(name, ""))
+        counts[name] = int(rows[1]) if rows else 0
+    classes, prompts = counts.values()
+    names, wanted = config["class_names"], config["options"]["num_prompts"]
+    if names is not None:
+        need(all(isinstance(name, str) for name in names), "has class names that are not strings")
+        need(len(names) == classes, f"has {len(names)} class names for {classes} classes")
+    need(wanted == prompts, f"has num_prompts={wanted!r}, and {prompts} in its tensors")
+    return config
+
+
+def _read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
+    """The tensors that config.json describes, mapped from a file of which each byte is checked."""
+    for path in (folder / f"{TENSORS}{_NEW}", folder / TENSORS):  # the first: see _write
+        is_whole = path.is_file() and _file_sha256(path) == config["tensors_sha256"]
+        if is_whole:
+            break
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "No such file, which config.json needs", str(path))
+    who = f"{str(path)!r} does not go with config.json:"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{who} truncated or damaged, {error}") from None
+    for words, names in (
+        ("lacks", config["tensors"].keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - config["tensors"].keys()),
+    ):
+        if names:
+            raise CheckpointError(f"{who} it {words} {_first(names)}")
+    for name, tensor in tensors.items():
+        (wanted, digest), (got, actual) = (
+            words.rsplit(" ", 1) for words in (config["tensors"][name], _describe(tensor))
+        )
+        if wanted != got:
+            raise CheckpointError(f"{who} {name!r} must be {wanted}, got {got}")
+        if digest != actual:
+            raise CheckpointError(f"{who} the values of {name!r} are damaged")
+    if not is_whole:
+        raise CheckpointError(f"{who} its header is damaged")
+    return tensors
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- writing ----
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int):
+    """The folder, opened; savers wait for each other and for loaders, where locks exist."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(directory, kind)
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _write(folder: Path, directory: int, data: bytes, text: bytes) -> None:
+    """Replaces the pair so that one pair or the other is there at every moment.
+
+    config.json names its tensors by digest, and they may lie in either of two files. So the step
+    that counts is one: its replacement.
+    """
+    paths = {name: folder / name for name in (CONFIG, TENSORS, CONFIG + _NEW, TENSORS + _NEW)}
+    for path in paths.values():
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "a symbolic link is not written through", str(path))
+    try:
+        _settle(paths)
+        os.fsync(directory)
+        for name, content in ((TENSORS, data), (CONFIG, text)):
+            with open(paths[name + _NEW], "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.fsync(directory)
+        for name in (CONFIG, TENSORS):
+            os.replace(paths[name + _NEW], paths[name])
+            os.fsync(directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _settle(paths)
+        raise
+
+
+def _settle(paths: dict[str, Path]) -> None:
+    """Ends what a killed save began: its tensors take their place if its config.json has."""
+    pending = paths[TENSORS + _NEW]
+    if pending.exists():
+        try:
+            wanted = read_config(pending.parent)["tensors_sha256"]
+        except (OSError, CheckpointError):
+            wanted = None
+        if wanted == _file_sha256(pending):
+            os.replace(pending, paths[TENSORS])
+        else:
+            pending.unlink()
+    paths[CONFIG + _NEW].unlink(missing_ok=True)
