@@ -83,8 +83,9 @@ coverage: $(CHOSEN)
 GCOVR = --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
   --gcov-ignore-parse-errors=negative_hits.warn_once_per_file
 
-# One thread, in CPU time: what else the machine does counts less.
+# One thread, in CPU time: what else the machine does counts less. peft: for the rows of LoRA.
 bench: build
+	$(PIP) --constraint $(VENV)/constraints.txt peft
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-timer=time.process_time
 
 # On a machine with a GPU, with the packages that are there: build, CUDA tests, benchmarks; JSON to $(RESULTS).

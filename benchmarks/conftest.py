@@ -32,6 +32,11 @@ def _keep_memory():
         ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
+def pytest_addoption(parser):
+    text = "whole models: more shapes, and on the CPU compiled rows"
+    parser.addoption("--all-shapes", action="store_true", help=text)
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
     machine_info["build"] = ops.build_info()

@@ -70,7 +70,7 @@ def check(peer, leaves, grad, length, rule):
         assert error < max(8 * eps, 1e-5), f"relative error {error:.3g}"  # 1e-5: a sum that cancels
 
 
-def time_call(benchmark, device, setup, run):
+def time_call(benchmark, device, setup, run, rounds=200, warmup_rounds=20):
     """setup() -> arguments of run, anew for each round and not timed."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
@@ -83,7 +83,7 @@ def time_call(benchmark, device, setup, run):
         run(*arguments)
         synchronize()
 
-    benchmark.pedantic(timed, setup=set_up, rounds=200, warmup_rounds=20)
+    benchmark.pedantic(timed, setup=set_up, rounds=rounds, warmup_rounds=warmup_rounds)
 
 
 def time_peer(benchmark, device, shape, gate, rule, dtype, mode, peer):

@@ -148,9 +148,7 @@ def test_nothing_of_the_size_of_q_is_saved_beside_what_attention_saves():
     assert storages[1] == storages[0] + 1  # the temperature
 
 
-def test_traced_and_transformed_calls_are_plain_pytorch(monkeypatch):
-    own = attention._temperature_gradient
-    monkeypatch.delattr(attention, "_temperature_gradient")  # only our Functions ask for it
+def test_transformed_and_compiled_calls_are_plain_pytorch():
     q, k, v = (leaf(B, N, H, D) for _ in range(3))
     tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(explicit(q, k, v, tau).square().sum(), (q, tau))
@@ -158,16 +156,19 @@ def test_traced_and_transformed_calls_are_plain_pytorch(monkeypatch):
     def loss(q, tau):
         return gp.tempered_attention(q, k.detach(), v.detach(), tau, "math").square().sum()
 
-    for got in (
-        torch.func.grad(loss, argnums=(0, 1))(q, tau),
-        torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, tau), (q, tau)),
-    ):
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    torch._dynamo.reset()
+    with torch.profiler.profile() as profile:
+        for got in (
+            torch.func.grad(loss, argnums=(0, 1))(q, tau),
+            torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, tau), (q, tau)),
+        ):
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert not any("scaled_dot" in event.name and "product" not in event.name
+                   for event in profile.events())  # fmt: skip
     mapped = torch.vmap(lambda q: gp.tempered_attention(q[None], k[:1], v[:1], tau, "math")[0])(q)
     each = [gp.tempered_attention(one[None], k[:1], v[:1], tau, "math")[0] for one in q]
     torch.testing.assert_close(mapped, torch.stack(each))
-    monkeypatch.setattr(attention, "_temperature_gradient", own, raising=False)
     many = torch.randn(3, B, N, H, D, dtype=torch.float64)
     out = gp.tempered_attention(q, k, v, tau, "math")
     batched = torch.autograd.grad(out, tau, many, is_grads_batched=True, retain_graph=True)[0]
