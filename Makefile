@@ -1,4 +1,4 @@
-# make demo | test | fuzz | opcheck | coverage | gpu | bench | resources | lint | format | clean
+# make demo | test | support | fuzz | opcheck | coverage | gpu | bench | resources | lint | format | clean
 #
 # TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
 # PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
@@ -19,7 +19,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # In continuous integration a warning is an error; with a user's compiler it is not.
 export GATED_PROMPT_WERROR ?= $(CI)
 
-.PHONY: demo test fuzz opcheck opcheck-newest coverage gpu bench resources lint format clean build
+.PHONY: demo test support fuzz opcheck opcheck-newest coverage gpu bench resources lint format clean build
 .DELETE_ON_ERROR:
 
 # The environment: torch as chosen, then everything else held to it. Made anew where TORCH changes.
@@ -46,6 +46,11 @@ test: build
 	  -DCMAKE_COMPILE_WARNING_AS_ERROR=$(if $(CI),ON,OFF)
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# The support matrix of README.md; REPORTS=... adds reports of other versions of torch.
+support: build
+	$(BIN)/python -m pytest tests --junitxml=build/tests.xml
+	$(BIN)/python tests/support.py README.md build/tests.xml $(REPORTS)
 
 # Random cases beside the reference, FUZZ_CASES of them.
 fuzz: build

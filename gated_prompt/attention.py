@@ -397,7 +397,7 @@ class TemperedAttention(nn.Module):
             return F.linear(x, weight, bias).unflatten(-1, (count, num_heads, -1)).unbind(2)
         if not self._folds():
             temperature = 1.0
-        if self.keeps_folded and not torch.is_grad_enabled():
+        if self.keeps_folded and not torch.is_grad_enabled() and not is_traced(x):
             folded = self._kept_folded(x, weight, bias, temperature, count)
             return F.linear(x, *folded).unflatten(-1, (count, num_heads, -1)).unbind(2)
         rows, start = (None, None) if learned is None else learned

@@ -122,101 +122,23 @@ def wrap(
     }
     check_backbone(vit)
     _check_options(options)
-    depth = len(vit.blocks)
-    has_prompts = method.startswith(("vpt", "gpt"))
-    num_prompts = num_prompts if has_prompts else 0
-    if has_prompts and num_prompts < 1:
-        raise ValueError(f"wrap: num_prompts must be at least 1 for {method}, got {num_prompts}")
-    if (prompt_init in DATA_INITS) != (init_images is not None) and has_prompts:
-        raise ValueError(
-            f"wrap: init_images goes with prompt_init in {DATA_INITS}, got prompt_init="
-            f"{prompt_init!r} and init_images {'not ' if init_images is None else ''}given"
-        )
-    tuned_blocks = 0
-    if method.startswith("partial-"):
-        tuned_blocks = int(method.removeprefix("partial-"))
-        if not 1 <= tuned_blocks <= depth:
-            raise ValueError(f"wrap: method 'partial-k' needs k in [1, {depth}], got {method!r}")
-    if not method.startswith("gpt"):
-        gated_blocks, temperature = 0, False
-    elif gate is None:
-        if gated_blocks:
-            raise ValueError(
-                f"wrap: gated_blocks must be 0 or None without a gate, got {gated_blocks}"
-            )
-        gated_blocks = 0
-    elif gated_blocks is None:
-        gated_blocks = depth - 1 if rule == "mix" else depth
-    if not 0 <= gated_blocks <= depth:
-        raise ValueError(f"wrap: gated_blocks must be in [0, {depth}], got {gated_blocks}")
-    pool = _default_pool(vit) if pool is None else pool
-    if pool == "prompt" and num_prompts == 0:
-        raise ValueError(f"wrap: pool='prompt' needs prompts, and method {method!r} has none")
-    if pool == "cls" and vit.cls_token is None:
-        raise ValueError("wrap: pool='cls' needs a class token, and vit has none")
-    if last_block == "auto":
-        is_worth = has_prompts and pool in ("cls", "prompt") and gated_blocks < depth
-        can_be = _is_pre_norm(vit.blocks[-1]) and _can_replace(vit.blocks[-1])
-        last_block = "pooled-rows" if is_worth and can_be else "all-rows"
-    elif last_block == "pooled-rows" and gated_blocks == depth:
-        raise ValueError(
-            f"wrap: last_block='pooled-rows' needs a last block without a gate, got gated_blocks="
-            f"{gated_blocks} of {depth}"
-        )
-    if memory == "low" or last_block == "pooled-rows":
-        for block in vit.blocks:
-            if not _is_pre_norm(block):
-                raise TypeError(
-                    f"wrap: memory={memory!r} and last_block={last_block!r} need timm's Block or "
-                    f"EvaBlock, got {type(block).__module__}.{type(block).__name__}"
-                )
+    options = _resolve(vit, options, init_images)
     # what raises up to and including these leaves vit as it was
-    sizes = {"dim": vit.embed_dim, "num_prompts": num_prompts}
-    gates = [PromptGate(gate, rule, init=gate_init, **sizes) for _ in range(gated_blocks)]
-    start = 1.0 if temperature in (True, False) else float(temperature)
-    replaced = list(vit.blocks)
-    is_needed = temperature is not False or attention not in ("auto", "sdpa")
-    is_needed = is_needed or last_block == "pooled-rows" or memory == "low"
-    if not is_needed:  # to spare a stack of the gradients of q, k and v, where it can
-        replaced = [block for block in replaced if has_prompts and _can_replace(block)]
-    replacements = [
-        TemperedAttention(getattr(block, "attn", None), start, temperature is True, attention)
-        for block in replaced
-    ]
-    prompts = deep_prompts = None
-    if has_prompts:
-        prompts = PromptTokens(
-            num_prompts,
-            vit.embed_dim,
-            position=prompt_position,
-            dropout=prompt_dropout,
-            init="uniform" if prompt_init in DATA_INITS else prompt_init,
-            patch_dim=vit.patch_embed.proj.weight[0].numel(),
-        )
-        if method.endswith("-deep"):
-            deep_prompts = DeepPromptTokens(prompts, depth)
-    options |= {
-        "num_prompts": num_prompts,
-        "gated_blocks": gated_blocks,
-        "temperature": temperature,
-        "pool": pool,
-        "last_block": last_block,
-    }
+    prompts, deep_prompts, gates = _make_tuned(vit, options)
+    replaced, replacements = _make_attention(vit, options)
     model = GatedPromptViT(vit, options, prompts, deep_prompts, gates)
     for block, replacement in zip(replaced, replacements, strict=True):
         block.attn = replacement
         if _is_pre_norm(block):  # on the instance, so that hooks of the block still run
             block.forward = functools.partial(_pre_norm_forward, block, memory == "low")
     setattr(vit, _MARK, True)
-    if tuned_blocks:
-        _thaw(nn.ModuleList([*vit.blocks[-tuned_blocks:], vit.norm, vit.fc_norm]))
-    elif method == "full":
-        _thaw(vit)
-    elif method == "bias":
-        _thaw(vit, biases_alone=True)
+    if method in ("full", "bias"):
+        _thaw(vit, biases_alone=method == "bias")
+    elif method.startswith("partial-"):
+        _thaw(nn.ModuleList([*vit.blocks[-_tuned_blocks(method) :], vit.norm, vit.fc_norm]))
     if frozen_dtype is not None:
         model._narrow_frozen(frozen_dtype)
-    if init_images is not None and has_prompts:
+    if prompts is not None and init_images is not None:
         try:
             model._init_prompts(init_images, prompt_init)
         except Exception:
@@ -349,7 +271,7 @@ class GatedPromptViT(nn.Module):
             if isinstance(module, TemperedAttention):
                 module.keeps_folded = not mode
         if self.method.startswith("partial-"):
-            vit.blocks[-int(self.method.removeprefix("partial-")) :].train(mode)
+            vit.blocks[-_tuned_blocks(self.method) :].train(mode)
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -632,6 +554,99 @@ def _check_options(options: dict) -> None:
     if options["attention"] == "xformers" and unavailable_reason("xformers") is not None:
         reason = unavailable_reason("xformers")
         raise RuntimeError(f"wrap: attention='xformers' can't run: {reason}")
+
+
+def _tuned_blocks(method: str) -> int:
+    return int(method.removeprefix("partial-"))
+
+
+def _resolve(vit: nn.Module, options: dict, init_images) -> dict:
+    """The options with every default in place, once they go with vit and with each other."""
+    o, depth = dict(options), len(vit.blocks)
+    method, gate = o["method"], o["gate"]
+    has_prompts = method.startswith(("vpt", "gpt"))
+    if not has_prompts:
+        o["num_prompts"] = 0
+    elif o["num_prompts"] < 1:
+        raise ValueError(
+            f"wrap: num_prompts must be at least 1 for {method}, got {o['num_prompts']}"
+        )
+    if has_prompts and (o["prompt_init"] in DATA_INITS) != (init_images is not None):
+        raise ValueError(
+            f"wrap: init_images goes with prompt_init in {DATA_INITS}, got prompt_init="
+            f"{o['prompt_init']!r} and init_images {'not ' if init_images is None else ''}given"
+        )
+    if method.startswith("partial-") and not 1 <= _tuned_blocks(method) <= depth:
+        raise ValueError(f"wrap: method 'partial-k' needs k in [1, {depth}], got {method!r}")
+    if method.endswith("-deep") and depth == 1:
+        raise ValueError(f"wrap: method {method!r} needs at least 2 blocks, and vit has 1")
+    if not method.startswith("gpt"):
+        o["gated_blocks"], o["temperature"] = 0, False
+    elif gate is None and o["gated_blocks"]:
+        raise ValueError(
+            f"wrap: gated_blocks must be 0 or None without a gate, got {o['gated_blocks']}"
+        )
+    elif o["gated_blocks"] is None:
+        o["gated_blocks"] = 0 if gate is None else depth - 1 if o["rule"] == "mix" else depth
+    if not 0 <= o["gated_blocks"] <= depth:
+        raise ValueError(f"wrap: gated_blocks must be in [0, {depth}], got {o['gated_blocks']}")
+    pool = o["pool"] = _default_pool(vit) if o["pool"] is None else o["pool"]
+    if pool == "prompt" and not has_prompts:
+        raise ValueError(f"wrap: pool='prompt' needs prompts, and method {method!r} has none")
+    if pool == "cls" and vit.cls_token is None:
+        raise ValueError("wrap: pool='cls' needs a class token, and vit has none")
+    is_last_gated = o["gated_blocks"] == depth
+    if o["last_block"] == "auto":
+        is_worth = has_prompts and pool in ("cls", "prompt") and not is_last_gated
+        is_pooled = is_worth and all(_is_pre_norm(b) and _can_replace(b) for b in vit.blocks)
+        o["last_block"] = "pooled-rows" if is_pooled else "all-rows"
+    elif o["last_block"] == "pooled-rows" and is_last_gated:
+        raise ValueError(
+            "wrap: last_block='pooled-rows' needs a last block without a gate, got gated_blocks="
+            f"{depth} of {depth}"
+        )
+    other = next((block for block in vit.blocks if not _is_pre_norm(block)), None)
+    if other is not None and (o["memory"] == "low" or o["last_block"] == "pooled-rows"):
+        raise TypeError(
+            f"wrap: memory={o['memory']!r} and last_block={o['last_block']!r} need timm's Block or "
+            f"EvaBlock, got {type(other).__module__}.{type(other).__name__}"
+        )
+    return o
+
+
+def _make_tuned(vit: nn.Module, o: dict):
+    """PromptTokens or None, DeepPromptTokens or None, gates."""
+    sizes = {"dim": vit.embed_dim, "num_prompts": o["num_prompts"]}
+    gates = [
+        PromptGate(o["gate"], o["rule"], init=o["gate_init"], **sizes)
+        for _ in range(o["gated_blocks"])
+    ]
+    if o["num_prompts"] == 0:
+        return None, None, gates
+    prompts = PromptTokens(
+        o["num_prompts"],
+        vit.embed_dim,
+        position=o["prompt_position"],
+        dropout=o["prompt_dropout"],
+        init="uniform" if o["prompt_init"] in DATA_INITS else o["prompt_init"],
+        patch_dim=vit.patch_embed.proj.weight[0].numel(),
+    )
+    is_deep = o["method"].endswith("-deep")
+    return prompts, DeepPromptTokens(prompts, len(vit.blocks)) if is_deep else None, gates
+
+
+def _make_attention(vit: nn.Module, o: dict):
+    """The blocks whose attention is replaced, and by what."""
+    temperature, blocks = o["temperature"], list(vit.blocks)
+    is_needed = temperature is not False or o["attention"] not in ("auto", "sdpa")
+    is_needed = is_needed or o["last_block"] == "pooled-rows" or o["memory"] == "low"
+    if not is_needed:  # it spares a stack of the gradients of q, k and v
+        blocks = [block for block in blocks if o["num_prompts"] and _can_replace(block)]
+    start = 1.0 if isinstance(temperature, bool) else float(temperature)
+    return blocks, [
+        TemperedAttention(getattr(block, "attn", None), start, temperature is True, o["attention"])
+        for block in blocks
+    ]
 
 
 def _default_pool(vit: nn.Module) -> str:

@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _which_torch(record_testsuite_property):
+    record_testsuite_property("torch", torch.__version__)  # for tests/support.py
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return torch.device(request.param)

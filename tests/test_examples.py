@@ -11,7 +11,11 @@ from conftest import timm_or_skip
 from gated_prompt import reference
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/prompt_gate.md").read_text(), re.DOTALL)
+BLOCKS = [
+    (page, code)
+    for page in ("docs/prompt_gate.md", "docs/vit.md")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
 def test_plain_loop_has_the_losses_of_the_eager_formula():
@@ -22,10 +26,12 @@ def test_plain_loop_has_the_losses_of_the_eager_formula():
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_code_in_the_documentation_runs(block):
-    exec(compile(block, "docs/prompt_gate.md", "exec"), {})
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_code_in_the_documentation_runs(page, code):
+    if "timm" in code:
+        timm_or_skip()
+    exec(compile(code, page, "exec"), {})
 
 
 def test_the_documentation_has_code():
-    assert len(BLOCKS) == 3
+    assert [page for page, _ in BLOCKS] == 3 * ["docs/prompt_gate.md"] + 2 * ["docs/vit.md"]

@@ -37,7 +37,8 @@ def count(name, size, pool="cls", **options):
 
 @pytest.mark.parametrize("pool", ["cls", "prompt+patch"])  # MoCo v3's and MAE's
 @pytest.mark.parametrize(
-    ("memory", "size", "goal"), [("default", 224, 0.58), ("default", 384, 0.35), ("low", 224, 0.35)]
+    ("memory", "size", "goal"),
+    [("default", 224, 0.58), ("default", 384, 0.35), ("low", 224, 0.35), ("low", 384, 0.21)],
 )
 def test_a_training_step_keeps_this_share_of_the_originals(memory, size, goal, pool):
     check("gated_prompt")  # the same function

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The support matrix of README.md, from what the tests ran.
+
+    pytest tests --junitxml=REPORT.xml
+    python tests/support.py README.md REPORT.xml [REPORT.xml of another torch ...]
+
+A name stands in a row with the number of tests that passed with it, in the first report; where all
+were skipped, as "not run".
+"""
+
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROWS = {  # row: (file of tests, pattern of a test's name, whose group is the name in the row)
+    "methods": ("test_parity", r"equals?_.*'method': '([\w-]+)'"),
+    "backbones (timm `VisionTransformer`, `Eva`)": (
+        "test_parity",
+        r"equals_the_restated_method\[\{.*\}-([^\]]+)\]$",
+    ),
+    "checkpoint files": ("test_backbones", r"tensor_of_a_layout_arrives\[(.+)-(?:path|dict)\]"),
+    "timm's attention": ("test_attention", r"test_module_is_timms.*?\[[^-]+-(.+)\]"),
+    "attention kernels": (
+        "test_attention",
+        r"(?:function_and_gradients|backend_that_was_asked).*\[(sdpa|math|xformers)",
+    ),
+    "dtypes of the op": ("test_prompt_gate", r"(float64|float32|bfloat16|float16)"),
+    "devices": ("test_prompt_gate", r"(cpu|cuda)"),
+    "compilers": ("test_vit", r"compiled_model.*(inductor|aot_eager)"),
+}
+START, END = "<!-- support matrix: make support -->", "<!-- end of the support matrix -->"
+
+
+def read(report):
+    """(torch's version, [(file, test, whether it passed)], number passed)"""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
+    tests = []
+    for case in suite.iter("testcase"):
+        bad = {"failure", "error"} & {child.tag for child in case}
+        if bad:
+            sys.exit(f"support: {case.get('name')} has failed in {report}")
+        is_skipped = case.find("skipped") is not None
+        tests.append((case.get("classname").split(".")[1], case.get("name"), not is_skipped))
+    return properties["torch"], tests
+
+
+def table(reports):
+    passed, seen = defaultdict(Counter), defaultdict(dict)
+    for file, name, has_passed in reports[0][1]:
+        for row, (wanted, pattern) in ROWS.items():
+            match = re.search(pattern, name) if file == wanted else None
+            if match:
+                seen[row][match[1]] = True
+                passed[row][match[1]] += has_passed
+    lines = ["| | with the number of tests that passed |", "| --- | --- |"]
+    for row in ROWS:
+        names = (f"{n} ({passed[row][n] or 'not run'})" for n in seen[row])
+        lines.append(f"| {row} | {', '.join(names)} |")
+    totals = (f"{torch} ({sum(passed for *_, passed in tests)})" for torch, tests in reports)
+    return [*lines, f"| torch | {', '.join(totals)} |"]
+
+
+if __name__ == "__main__":
+    readme, *reports = sys.argv[1:]
+    text = Path(readme).read_text()
+    before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
+    made = "\n".join(table([read(report) for report in reports]))
+    Path(readme).write_text(f"{before}\n{made}\n{after}")
