@@ -61,10 +61,12 @@ def tempered_attention(
 
 
 def clamped(temperature: Tensor | float) -> Tensor | float:
-    """[] or a float, within [0.01, 10]."""
-    low, high = TEMPERATURE_RANGE
+    """[] or a float, within TEMPERATURE_RANGE."""
     if isinstance(temperature, Tensor):
-        return temperature.reshape(()).clamp(low, high)  # [1] would widen the dtype of q / tau
+        # [1] would widen the dtype of q / tau. Literals: torch.compile(dynamic=True) would make
+        # symbols of a global's floats, which autograd Functions can't take.
+        return temperature.reshape(()).clamp(0.01, 10.0)
+    low, high = TEMPERATURE_RANGE
     return min(max(temperature, low), high)
 
 
@@ -152,7 +154,7 @@ def _folded(weight, bias, temperature, rows, dtype):
 
 
 class _FrozenProjection(torch.autograd.Function):
-    """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one; the first divided by tau.
+    """x [B, N, C] -> `parts` tensors [B, N, H*d], views of one; the first divided by tau.
 
     weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over the first rows
     of them, not over q. x is not saved, nor the divided weight. In backward each part's gradient
@@ -162,16 +164,14 @@ class _FrozenProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, learned, weight, bias, temperature, start, num_heads, parts):
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+    def forward(ctx, x, learned, weight, bias, temperature, start, parts):
+        device, dtype = x.device.type, x.dtype
+        if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        else:
-            dtype = x.dtype
         rows = weight.shape[0] // parts
         with no_autocast(device):
             out = F.linear(x.to(dtype), *_folded(weight, bias, temperature, rows, dtype))
-        outputs = out.unflatten(-1, (parts, num_heads, -1)).unbind(2)
+        outputs = out.split(rows, dim=-1)
         is_learned = isinstance(temperature, Tensor)
         ctx.save_for_backward(weight, *((temperature, outputs[0]) if is_learned else ()))
         ctx.temperature = None if is_learned else temperature
@@ -194,7 +194,7 @@ class _FrozenProjection(torch.autograd.Function):
             with no_autocast(weight.device.type):
                 grad_x = _project_back(grads, weight, tau).to(ctx.x_dtype)
         of_x = (grad_x, None) if ctx.rows is None else (None, grad_x)
-        return *of_x, None, None, grad_temperature, None, None, None
+        return *of_x, None, None, grad_temperature, None, None
 
 
 def _project_back(grads, weight, tau):
@@ -207,7 +207,6 @@ def _project_back(grads, weight, tau):
         if part == 0 and not (isinstance(tau, float) and tau == 1):
             weight_rows = weight_rows / tau
         weight_rows = weight_rows.to(grad.dtype)
-        grad = grad.reshape(*grad.shape[:2], rows)
         if total is None:
             total = grad @ weight_rows
         elif _in_plain_aten(grad):
@@ -297,8 +296,6 @@ class TemperedAttention(nn.Module):
     Attributes:
         attn: The timm module, unchanged; its weights are used, its forward is not.
         temperature: A learnable float32 parameter [1], or a constant float.
-        keeps_folded: Whether the weights with the temperature in them are kept from one forward
-            without gradients to the next, until a weight or the temperature changes.
     """
 
     def __init__(self, attn: nn.Module, temperature: float, learnable: bool, backend: str):
@@ -311,8 +308,6 @@ class TemperedAttention(nn.Module):
             if learnable
             else float(temperature)
         )
-        self.keeps_folded = False
-        self._kept: dict = {}
 
     def forward(
         self,
@@ -339,12 +334,20 @@ class TemperedAttention(nn.Module):
                 f"TemperedAttention: dropout of attention weights is not supported, got "
                 f"attn_drop={attn.attn_drop.p} in training mode"
             )
-        q, k, v = self._queries_keys_values(x, rows, learned)
+        is_own = self._runs_own_projection(x)
+        folds = is_own and isinstance(attn.q_norm, nn.Identity)
+        temperature = self.temperature if folds else 1.0
+        if is_own:
+            q, k, v = self._project(x, temperature, rows, learned)
+        else:
+            q, k, v = self._project_as_timm(x)
+            q = q if rows is None else q[:, rows]
+        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in (q, k, v))
         q, k = attn.q_norm(q), attn.k_norm(k)
         if rope is not None:
             first = 0 if rows is None else rows.start
             q, k = self._rotated(q, rope, first).type_as(v), self._rotated(k, rope, 0).type_as(v)
-        if not self._folds():
+        if not folds:
             q = tempered(q, self.temperature)
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
@@ -355,68 +358,56 @@ class TemperedAttention(nn.Module):
             out = out * gate(x if rows is None else x[:, rows]).sigmoid()
         return attn.proj_drop(attn.proj(out))
 
-    def takes_learned_rows(self) -> bool:
+    def takes_learned_rows(self, x: Tensor) -> bool:
         gate = getattr(self.attn, "gate", None)  # it reads x, too
-        return gate is None and self._is_frozen()
+        return gate is None and self._runs_own_projection(x)
 
-    def _is_frozen(self) -> bool:
-        """Whether the projection's weights are frozen, and used eagerly."""
+    def _runs_own_projection(self, x: Tensor) -> bool:
+        """Whether q, k and v come from plain linear layers, frozen and without hooks."""
         attn = self.attn
-        query = attn.q_proj if attn.qkv is None else attn.qkv
-        bias = query.bias if getattr(attn, "q_bias", None) is None else attn.q_bias
-        tuned = query.weight.requires_grad or (bias is not None and bias.requires_grad)
-        return not (tuned or _is_transformed(query.weight))
+        layers = [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
+        tensors = [getattr(attn, name, None) for name in ("q_bias", "v_bias")]
+        for layer in layers:
+            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+                return False
+            tensors += [layer.weight, layer.bias]
+        tensors = [t for t in tensors if t is not None]
+        return not any(t.requires_grad for t in tensors) and not _is_transformed(x, *tensors)
 
-    def _folds(self) -> bool:
-        """Whether the temperature goes into the weights."""
-        return isinstance(self.attn.q_norm, nn.Identity) and self._is_frozen()
+    def _bias(self) -> Tensor | None:
+        """Of qkv; Eva has one for q and v alone."""
+        attn = self.attn
+        if getattr(attn, "q_bias", None) is None:
+            return attn.qkv.bias
+        return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
-    def _queries_keys_values(self, x, rows, learned):
-        """[B, M, H, d] of the rows, and twice [B, N, H', d]."""
-        attn, parts = self.attn, []
+    def _project(self, x, temperature, rows, learned):
+        """q [B, M, H*d] of the rows, divided by the temperature; k and v [B, N, H'*d]."""
+        attn = self.attn
+        learned, start = (None, None) if learned is None else learned
+        of_rows = x if rows is None else x[:, rows]
+        run = _FrozenProjection.apply
         if attn.qkv is None:
-            projections = [(p.weight, p.bias, 1) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        else:
-            weight, bias = attn.qkv.weight, attn.qkv.bias
-            if getattr(attn, "q_bias", None) is not None:  # Eva's: keys have none
-                bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-            projections = [(weight, bias, 3)]
-            if rows is not None:
-                size = weight.shape[0] // 3
-                biases = (None, None) if bias is None else (bias[:size], bias[size:])
-                projections = [(weight[:size], biases[0], 1), (weight[size:], biases[1], 2)]
-        for weight, bias, count in projections:
-            source = x if rows is None or parts else x[:, rows]
-            temperature = 1.0 if parts else self.temperature
-            parts += self._project(source, weight, bias, temperature, count, learned)
-        return parts
+            q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
+            (q,) = run(of_rows, learned, q.weight, q.bias, temperature, start, 1)
+            (k,) = run(x, learned, k.weight, k.bias, 1.0, start, 1)
+            (v,) = run(x, learned, v.weight, v.bias, 1.0, start, 1)
+            return q, k, v
+        weight, bias = attn.qkv.weight, self._bias()
+        if rows is None:
+            return run(x, learned, weight, bias, temperature, start, 3)
+        size = weight.shape[0] // 3
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:size], bias[size:])
+        (q,) = run(of_rows, None, weight[:size], q_bias, temperature, None, 1)
+        return q, *run(x, None, weight[size:], kv_bias, 1.0, None, 2)
 
-    def _project(self, x, weight, bias, temperature, count, learned):
-        num_heads = weight.shape[0] // count // self.attn.head_dim
-        if _is_transformed(x) or not self._is_frozen():
-            return F.linear(x, weight, bias).unflatten(-1, (count, num_heads, -1)).unbind(2)
-        if not self._folds():
-            temperature = 1.0
-        if self.keeps_folded and not torch.is_grad_enabled() and not is_traced(x):
-            folded = self._kept_folded(x, weight, bias, temperature, count)
-            return F.linear(x, *folded).unflatten(-1, (count, num_heads, -1)).unbind(2)
-        rows, start = (None, None) if learned is None else learned
-        return _FrozenProjection.apply(x, rows, weight, bias, temperature, start, num_heads, count)
-
-    def _kept_folded(self, x, weight, bias, temperature, count):
-        if not isinstance(temperature, Tensor) and temperature == 1:
-            return weight, bias
-        device = x.device.type
-        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
-        key = (count, dtype)
-        sources = [t for t in (weight, bias, temperature) if isinstance(t, Tensor)]
-        state = [(t.data_ptr(), t._version) for t in sources if not t.is_inference()]
-        if len(state) == len(sources) and self._kept.get(key, (None,))[0] == state:
-            return self._kept[key][1]
-        folded = _folded(weight, bias, temperature, weight.shape[0] // count, dtype)
-        self._kept[key] = (state, folded)
-        return folded
+    def _project_as_timm(self, x):
+        attn = self.attn
+        if attn.qkv is None:
+            return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        if getattr(attn, "q_bias", None) is None:
+            return attn.qkv(x).chunk(3, dim=-1)
+        return F.linear(x, attn.qkv.weight, self._bias()).chunk(3, dim=-1)
 
     def _rotated(self, t, rope, first):
         """t [B, M, H, d], tokens `first` on, with those after the prefix rotated by rope."""
@@ -430,20 +421,6 @@ class TemperedAttention(nn.Module):
         half = getattr(self.attn, "rotate_half", False)
         turned = apply_rot_embed_cat(turned, rope, half=half)
         return torch.cat([t[:, :, :prefix], turned], dim=2).transpose(1, 2)
-
-    # what may change a weight without a new version of it
-
-    def train(self, mode: bool = True) -> TemperedAttention:
-        self._kept.clear()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        self._kept.clear()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._kept.clear()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 def check_attention(attn: nn.Module | None) -> None:

@@ -21,8 +21,9 @@ from gated_prompt.attention import (
     check_attention,
     unavailable_reason,
 )
-from gated_prompt.functional import prompt_gate_
+from gated_prompt.functional import DTYPES, RULES, prompt_gate_
 from gated_prompt.modules import (
+    GATES,
     POSITIONS,
     PROMPT_INITS,
     DeepPromptTokens,
@@ -236,8 +237,22 @@ class GatedPromptViT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head: weights Kaiming normal (fan_out), biases -ln(99). 0 classes: no head."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head: weights Kaiming normal (fan_out), biases -ln(99). 0 classes: no head.
+
+        global_pool: Another pool, by timm's name, "token" or "avg" (the patches). With last_block
+        "pooled-rows" it may cost or gain time.
+        """
+        if global_pool is not None:
+            pools = {"token": "cls", "avg": "patch"}
+            if global_pool not in pools or (
+                global_pool == "token" and self.backbone.cls_token is None
+            ):
+                raise ValueError(
+                    f"reset_classifier: global_pool must be one of {tuple(pools)}, and vit have a "
+                    f"class token for 'token', got {global_pool!r}"
+                )
+            self.options["pool"] = pools[global_pool]
         if num_classes == 0:
             self.head = nn.Identity()
             return
@@ -256,6 +271,18 @@ class GatedPromptViT(nn.Module):
         own |= {n for n, _ in self.named_parameters() if n.endswith(".temperature")}
         return own | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers, for timm's layer-wise decay of the learning rate."""
+        stem = r"^(?:prompts|backbone\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope))"
+        blocks = (r"^backbone\.blocks\.(\d+)", None)
+        return {"stem": stem, "blocks": [blocks, (r"^backbone\.(?:fc_)?norm", (99999,))]}
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError(
+            "GatedPromptViT: nn.DataParallel can't copy what wrap changed of the blocks; use "
+            "DistributedDataParallel"
+        )
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block, with its gate, in backward instead of keeping its activations."""
         self.backbone.set_grad_checkpointing(enable)
@@ -267,9 +294,6 @@ class GatedPromptViT(nn.Module):
         vit = self.backbone
         if self.method not in ("full", "bias"):
             vit.eval()
-        for module in vit.modules():
-            if isinstance(module, TemperedAttention):
-                module.keeps_folded = not mode
         if self.method.startswith("partial-"):
             vit.blocks[-_tuned_blocks(self.method) :].train(mode)
         return self
@@ -302,11 +326,13 @@ class GatedPromptViT(nn.Module):
         if self.prompts is not None:
             is_constant = not x.requires_grad
             x, carrier, start = self.prompts(x, vit.num_prefix_tokens)
+            if not torch.is_grad_enabled():
+                carrier = None
             ropes = [self._rope_with_prompts(rope) for rope in ropes]
         last = len(vit.blocks) - 1
         for index in range(last + 1):
             rows = self._pooled_rows(x.shape[1]) if pooled_rows and index == last else None
-            learned = carrier if index == 0 and is_constant and torch.is_grad_enabled() else None
+            learned = carrier if index == 0 and is_constant and rows is None else None
             arguments = (x, carrier, index, start, ropes[index % len(ropes)], rows, learned)
             if vit.grad_checkpointing and torch.is_grad_enabled():
                 x, carrier = checkpoint(self._gated_block, *arguments, use_reentrant=False)
@@ -350,14 +376,16 @@ class GatedPromptViT(nn.Module):
         block, options = self.backbone.blocks[index], {} if rope is None else {"rope": rope}
         if rows is not None:
             options["rows"] = rows
-        if learned is not None and _takes_learned_rows(block):
+        if learned is not None and "forward" in vars(block):
             options["learned"] = (learned, start)
         out = block(x, **options)
         fresh, is_last = x, index == len(self.backbone.blocks) - 1
         if self.deep_prompts is not None and not is_last:
-            fresh = carrier = self.deep_prompts(index + 1, out)
+            fresh = self.deep_prompts(index + 1, out)
+            carrier = fresh if torch.is_grad_enabled() else None
         if index < len(self.gates):
-            return self.gates[index](out, fresh, start, self.num_prompts, carrier)
+            gated = self.gates[index](out, fresh, start, self.num_prompts, carrier)
+            return gated if carrier is not None else (gated, None)
         if fresh is not x:
             return prompt_gate_(out, fresh, self._closed, start, self.num_prompts), carrier
         return out, carrier
@@ -505,6 +533,7 @@ class GatedPromptViT(nn.Module):
 
 def check_backbone(vit) -> None:
     try:
+        from timm.layers import PatchEmbed
         from timm.models.eva import Eva
         from timm.models.vision_transformer import VisionTransformer
     except ModuleNotFoundError as error:
@@ -517,6 +546,15 @@ def check_backbone(vit) -> None:
         raise TypeError(
             "wrap: vit must be a timm.models.vision_transformer.VisionTransformer or a "
             f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}"
+        )
+    if type(vit).forward_head not in (VisionTransformer.forward_head, Eva.forward_head):
+        raise TypeError(
+            f"wrap: vit must have the head and pool of its base class, got {type(vit).__name__}"
+        )
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise TypeError(
+            "wrap: vit must have a timm.layers.PatchEmbed, got "
+            f"{type(vit.patch_embed).__module__}.{type(vit.patch_embed).__name__}"
         )
     if getattr(vit, _MARK, False):
         raise RuntimeError("wrap: vit is wrapped already; call unwrap on its wrapper first")
@@ -532,10 +570,14 @@ def _check_options(options: dict) -> None:
     temperature, dtype = options["temperature"], options["frozen_dtype"]
     if not isinstance(temperature, (bool, int, float)):
         raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"wrap: frozen_dtype must be a floating torch.dtype, got {dtype!r}")
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"wrap: frozen_dtype must be one of {DTYPES}, got {dtype!r}")
+    if options["gate_init"] is not None and not math.isfinite(options["gate_init"]):
+        raise ValueError(f"wrap: gate_init must be finite, got {options['gate_init']}")
     for name, allowed in (
         ("method", METHODS),
+        ("gate", (None, *GATES)),
+        ("rule", RULES),
         ("prompt_position", POSITIONS),
         ("prompt_init", (*PROMPT_INITS, *DATA_INITS)),
         ("pool", (None, *POOLS)),
@@ -681,10 +723,6 @@ def _is_pre_norm(block: nn.Module) -> bool:
     return type(block) in (Block, EvaBlock)
 
 
-def _takes_learned_rows(block: nn.Module) -> bool:
-    return "forward" in vars(block) and block.attn.takes_learned_rows()
-
-
 def _pre_norm_forward(
     block: nn.Module,
     recomputes: bool,
@@ -695,18 +733,24 @@ def _pre_norm_forward(
 ) -> Tensor:
     """In place of the forward of one block, whose attention is a `TemperedAttention`.
 
-    recomputes: The MLP's hidden layer, in backward. rows, learned: see there; the result of these
-    rows alone, and where the gradient of x goes beside the residual connection.
+    recomputes: The MLP's hidden layer, in backward. rows: the result of these rows alone. learned:
+    a copy of the rows of x that are learned, and where they start; they get the gradient of x, but
+    for that through the residual connection, where the attention can do so.
     """
+    norm1 = block.norm1
+    if learned is not None:
+        is_frozen = not any(parameter.requires_grad for parameter in norm1.parameters())
+        takes = is_frozen and block.attn.takes_learned_rows(x) and not torch.compiler.is_compiling()
+        learned = learned if takes else None
     if not recomputes and rows is None and learned is None:
         return type(block).forward(block, x, **options)
     if rows is not None:
         options["rows"] = rows
     if learned is None:
-        y = block.norm1(x)
+        y = norm1(x)
     else:  # of the rest of x nothing is kept for backward
-        y = block.norm1(x.detach())
-        options["learned"] = block.norm1(learned[0]), learned[1]
+        y = norm1(x.detach())
+        options["learned"] = norm1(learned[0]), learned[1]
     if hasattr(block, "ls1"):
         scale1, scale2 = block.ls1, block.ls2
     else:  # Eva's

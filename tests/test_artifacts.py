@@ -534,7 +534,7 @@ HOSTILE = {  # path in config.json, value, text of the error; all correctly sign
     "gate as a dict": ("options/gate", {"_target_": "x"}, "gate must be one of"),
     "gate_init": ("options/gate_init", "x", "birds"),
     "gated_blocks": ("options/gated_blocks", 10**9, "gated_blocks must be in"),
-    "dtype": ("options/frozen_dtype", "load", "frozen_dtype must be a floating"),
+    "dtype": ("options/frozen_dtype", "load", "frozen_dtype must be one of"),
     "dtype as a list": ("options/frozen_dtype", [], "birds"),
     "dropout": ("options/prompt_dropout", {}, "birds"),
     "pool": ("options/pool", 3, "pool must be one of"),

@@ -94,3 +94,26 @@ def test_extreme_gates_equal_the_restated_method(options, logit):
     randomise(model, logit)
     images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
     assert (model(images) - restated(model, images)[1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("pool", ["cls", "patch", "prompt", "prompt+patch"])
+@pytest.mark.parametrize("position", ["start", "end"])
+@pytest.mark.parametrize("changes", [
+    {"last_block": "auto"}, {"last_block": "all-rows"}, {"last_block": "pooled-rows"},
+    {"memory": "low", "gated_blocks": 1}, {"method": "vpt-shallow"},
+], ids=str)  # fmt: skip
+def test_one_block_that_is_first_and_last_equals_the_restated_method(changes, position, pool):
+    if "gated_blocks" in changes and "prompt" not in pool:
+        pytest.skip("nothing reads what the gate changes")
+    options = {"num_prompts": 4, "prompt_dropout": 0.0, "prompt_position": position, "pool": pool}
+    model = randomise(gp.wrap(small_vit(depth=1), **options, **changes))
+    assert_equals_the_restated_method(model)
+
+
+@pytest.mark.parametrize("thawed", ["norm1", "norm2", "attn.attn.qkv", "attn.attn.proj", "mlp.fc1"])
+@pytest.mark.parametrize("changes", [{}, {"memory": "low", "pool": "patch"}], ids=str)
+def test_what_is_thawed_by_hand_gets_its_whole_gradient(changes, thawed):
+    model = make_case("MAE-style", {"method": "gpt", **changes})
+    for block in model.backbone.blocks:
+        block.get_submodule(thawed).requires_grad_(True)
+    assert_equals_the_restated_method(model)
