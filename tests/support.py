@@ -18,7 +18,7 @@ ROWS = {  # row: (file of tests, pattern of a test's name, whose group is the na
     "methods": ("test_parity", r"equals?_.*'method': '([\w-]+)'"),
     "backbones (timm `VisionTransformer`, `Eva`)": (
         "test_parity",
-        r"equals_the_restated_method\[\{.*\}-([^\]]+)\]$",
+        r"(?:wrapper|every_backbone)_equals_the_restated_method\[\{.*\}-([^\]]+)\]$",
     ),
     "checkpoint files": ("test_backbones", r"tensor_of_a_layout_arrives\[(.+)-(?:path|dict)\]"),
     "timm's attention": ("test_attention", r"test_module_is_timms.*?\[[^-]+-(.+)\]"),
@@ -26,7 +26,10 @@ ROWS = {  # row: (file of tests, pattern of a test's name, whose group is the na
         "test_attention",
         r"(?:function_and_gradients|backend_that_was_asked).*\[(sdpa|math|xformers)",
     ),
-    "dtypes of the op": ("test_prompt_gate", r"(float64|float32|bfloat16|float16)"),
+    "dtypes (of `scaled_dot`; a test of the gate takes several)": (
+        "test_scaled_dot",
+        r"(float64|float32|bfloat16|float16)(?!\w)",
+    ),
     "devices": ("test_prompt_gate", r"(cpu|cuda)"),
     "compilers": ("test_vit", r"compiled_model.*(inductor|aot_eager)"),
 }
