@@ -28,7 +28,7 @@ from gated_prompt.attention import TemperedAttention
 from gated_prompt.backbones import create_backbone
 from gated_prompt.checkpoint import CheckpointError
 from gated_prompt.prompt_init import DATA_INITS
-from gated_prompt.vit import GatedPromptViT, check_backbone, unwrap, wrap
+from gated_prompt.vit import GatedPromptViT, check_backbone, unpatched_name, unwrap, wrap
 
 FORMAT = 1
 TENSORS, CONFIG = "tuned.safetensors", "config.json"
@@ -237,7 +237,7 @@ def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) ->
 def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
     """The classes, the dtypes and what is tuned of the backbone, as these tensors have it."""
     for name, parameter in model.backbone.named_parameters():
-        parameter.requires_grad_(_name(f"backbone.{name}") in tensors)
+        parameter.requires_grad_(unpatched_name(f"backbone.{name}") in tensors)
     model.reset_classifier(len(tensors["head.weight"]) if "head.weight" in tensors else 0)
     for name, parameter in _tuned(model).items():
         if name in tensors and not name.startswith("backbone."):
@@ -249,18 +249,16 @@ def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_model(who: str, model) -> None:
     if not isinstance(model, GatedPromptViT):
-        raise TypeError(f"{who}: model must be what wrap returned, got {type(model).__name__}")
-
-
-def _name(name: str) -> str:
-    """A parameter's name as if nothing had been patched, see `GatedPromptViT.tuned_parameters`."""
-    name = re.sub(r"^backbone\.blocks\.(\d+)\.attn\.temperature$", r"temperatures.\1", name)
-    return name.replace(".attn.attn.", ".attn.")
+        raise TypeError(
+            f"{who}: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
+            f"or .module), got {type(model).__name__}"
+        )
+    model.require_wrapped(who)
 
 
 def _tuned(model: GatedPromptViT) -> dict[str, nn.Parameter]:
     """`model.tuned_parameters()`, and what the wrapper added even where the user froze it."""
-    named = {_name(name): parameter for name, parameter in model.named_parameters()}
+    named = {unpatched_name(name): parameter for name, parameter in model.named_parameters()}
     return {n: p for n, p in named.items() if p.requires_grad or not n.startswith("backbone.")}
 
 
@@ -276,7 +274,7 @@ def _identity(vit: nn.Module, tuned: Mapping, narrowed=()) -> dict:
     narrowed: (parameter, original) of those that the wrapper keeps in another dtype.
     """
     originals = {id(parameter): original for parameter, original in narrowed}
-    state = {_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
+    state = {unpatched_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
     lines = [
         f"{name} {_describe(originals.get(id(tensor), tensor))}\n"
         for name, tensor in sorted(state.items())

@@ -29,12 +29,14 @@ def tempered_attention(
     the host.
 
     Args:
-        q, k, v: [B, N, H, d], one floating dtype.
+        q, k, v: [B, N, H, d], one floating dtype. Not [B, H, N, d], as torch's own attention has
+            it, which can't be told from it: use transpose(1, 2) first.
         temperature: A tensor of one element, or a float. May be float32 beside bfloat16 q.
         backend: "sdpa" (torch's scaled_dot_product_attention), "xformers"
             (memory_efficient_attention, CUDA only), "math" (explicit softmax, for checks), "auto"
             (xformers on CUDA where it supports dtype and head size, else sdpa; the logger
-            `gated_prompt.attention` says once at level INFO which it took, and why).
+            `gated_prompt.attention` says once at level INFO which it took, and why; a compiled
+            model takes sdpa).
 
     Returns:
         [B, N, H, d]. Gradients flow to q, k, v and temperature. That of temperature is
@@ -49,6 +51,18 @@ def tempered_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"tempered_attention: backend must be one of {BACKENDS}, got {backend!r}")
+    shapes, dtypes = [list(t.shape) for t in (q, k, v)], {t.dtype for t in (q, k, v)}
+    if q.dim() != 4 or shapes[0] != shapes[1] or shapes[1] != shapes[2]:
+        raise ValueError(
+            f"tempered_attention: q, k and v must be [B, N, H, d] of one shape, got {shapes}"
+        )
+    if len(dtypes) > 1:
+        raise TypeError(f"tempered_attention: q, k and v must have one dtype, got {dtypes}")
+    if not isinstance(temperature, (Tensor, float, int)):
+        raise TypeError(
+            "tempered_attention: temperature must be a tensor or a float, "
+            f"got {type(temperature).__name__}"
+        )
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(
             "tempered_attention: temperature must have one element or be a float, "
@@ -221,7 +235,7 @@ def _project_back(grads, weight, tau):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """softmax(q k^T * d^-0.5) v: q [B, M, H, d], k and v [B, N, H, d] -> [B, M, H, d]."""
-    if backend == "auto" and not (q.is_cuda and not is_traced(q, k, v) and _takes_xformers(q)):
+    if backend == "auto" and (is_traced(q, k, v) or not _takes_xformers(q)):
         backend = "sdpa"
     if backend in ("auto", "xformers"):
         return _xformers_attention(q, k, v)
@@ -248,17 +262,17 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def _takes_xformers(q: Tensor) -> bool:
-    return _why_not_xformers(q.dtype, q.shape[-1], q.device.index, q.requires_grad) is None
+    return _why_not_xformers(q.dtype, q.shape[-1], q.device, q.requires_grad) is None
 
 
 @functools.cache
 def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
     """None if it runs, else why not; asked once for each kind of input, and logged."""
-    reason = unavailable_reason("xformers")
+    reason = unavailable_reason("xformers") if device.type == "cuda" else f"q is on {device}"
     if reason is None:
         from xformers.ops import memory_efficient_attention
 
-        sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=f"cuda:{device}")
+        sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=device)
         sample.requires_grad_(needs_grad)  # packed as ours are: strides decide, too
         try:
             with torch.enable_grad():
@@ -266,10 +280,9 @@ def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
         except (NotImplementedError, ValueError, RuntimeError) as error:
             reason = f"xformers does not support it: {error}"
     taken = "xformers" if reason is None else "sdpa"
-    why = "xformers supports these inputs" if reason is None else reason
     _log.info(
-        "attention='auto' takes %s for %s, head size %d, on %s: %s",
-        taken, dtype, head_dim, torch.cuda.get_device_name(device), why,
+        "attention='auto' takes %s for %s, head size %d: %s",
+        taken, dtype, head_dim, reason or f"xformers supports these inputs on {device}",
     )  # fmt: skip
     return reason
 

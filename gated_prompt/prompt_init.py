@@ -28,7 +28,15 @@ def patch_tokens(
     """
     found: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
     for batch in images.split(64) if isinstance(images, Tensor) else images:
-        x, run = embed(batch if isinstance(batch, Tensor) else batch[0])
+        if isinstance(batch, (list, tuple)) and batch:
+            batch = batch[0]
+        if not isinstance(batch, Tensor) or batch.dim() != 4:
+            got = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                "wrap: init_images must be images [M, C, H, W], or batches of them, alone or first "
+                f"in a tuple (a DataLoader, not a Dataset), got {got}"
+            )
+        x, run = embed(batch)
         found[0].append(x[:, first:].flatten(0, 1).float().cpu())
         for block, tokens in zip(blocks, found[1:], strict=True):
             x = run(block, x)

@@ -63,7 +63,8 @@ def wrap(
 
     The instance `vit` is changed until `unwrap`: its parameters stop requiring gradients, and the
     attention of each block is replaced where the method has prompts. A new linear head with
-    `vit.num_classes` outputs is made (none if that is 0); `vit.head` stays as it is, unused.
+    `vit.num_classes` outputs is made (none if that is 0), as VPT starts it: first losses are well
+    above ln(classes); `vit.head` stays as it is, unused.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva` (DINOv3, EVA-02 and others with rotary positions).
@@ -77,7 +78,10 @@ def wrap(
             "gpt-deep": that with fresh prompts for every block: where the gate is closed they take
             the place of the last block's, as in vpt-deep, where it is open they have no effect.
         num_prompts: P. Not used by methods without prompts.
-        gate, rule: See `PromptGate`; "gpt" and "gpt-deep" only. gate=None: temperatures alone.
+        gate, rule: See `PromptGate`; "gpt" and "gpt-deep" only. A gate for the block ("scalar"),
+            each channel ("channel"), each prompt ("token"), both ("full"); or decided by each
+            prompt's own output, for each channel ("linear") or all ("linear-token"). rule: "mix" or
+            "residual". gate=None: temperatures alone.
         gate_init: The `init` of `PromptGate`; None: nearly closed, -5, but for the linear gates,
             which start near 0.5.
         gated_blocks: How many blocks, from the first, have a gate. None: all but the last
@@ -93,9 +97,10 @@ def wrap(
         pool: What the head reads. "cls": the class token. "patch", "prompt", "prompt+patch": the
             mean of these tokens. The backbone's own final norm comes after. None: "prompt+patch"
             for MAE (as in the paper; told by timm's tag, or by `load_backbone`), else what the
-            backbone was built with.
+            backbone was built with; it must be said for one that norms before it pools (DINOv3,
+            SigLIP).
         attention: Backend, see `tempered_attention`. Methods without prompts keep timm's own
-            attention where it is "auto".
+            attention where it is "auto" or "sdpa".
         memory: "low": the MLP's hidden layer, 4 of the 10 activations of size D that a frozen block
             keeps for each token, is computed a second time in backward: the same gradients.
         last_block: "pooled-rows": `forward` computes, in the last block, only the tokens that the
@@ -152,10 +157,15 @@ def unwrap(model: GatedPromptViT) -> nn.Module:
     """The timm model as it was before `wrap`: attention modules, requires_grad, train mode, dtypes.
 
     What "full", "bias" and "partial-k" have tuned of it stays tuned. The wrapper is of no use
-    afterwards.
+    afterwards: save what was tuned before.
     """
     if not isinstance(model, GatedPromptViT):
-        raise TypeError(f"unwrap: model must be what wrap returned, got {type(model).__name__}")
+        raise TypeError(
+            "unwrap: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
+            f"or .module), got {type(model).__name__}"
+        )
+    model.require_wrapped("unwrap")
+    model._is_wrapped = False
     vit = model.backbone
     delattr(vit, _MARK)
     for block in vit.blocks:
@@ -169,6 +179,12 @@ def unwrap(model: GatedPromptViT) -> nn.Module:
     for module, training in model._training_before:
         module.training = training
     return vit
+
+
+def unpatched_name(name: str) -> str:
+    """The name of a wrapper's parameter as if `wrap` had not replaced the attention."""
+    name = re.sub(r"^backbone\.blocks\.(\d+)\.attn\.temperature$", r"temperatures.\1", name)
+    return name.replace(".attn.attn.", ".attn.")
 
 
 class GatedPromptViT(nn.Module):
@@ -190,7 +206,7 @@ class GatedPromptViT(nn.Module):
 
     def __init__(self, vit, options, prompts, deep_prompts, gates):
         super().__init__()
-        self.options = options
+        self.options, self._is_wrapped = options, True
         self._requires_grad_before = [(p, p.requires_grad) for p in vit.parameters()]
         self._training_before = [(m, m.training) for m in vit.modules()]
         self._before_narrowing: list[tuple[nn.Parameter, Tensor]] = []
@@ -315,6 +331,14 @@ class GatedPromptViT(nn.Module):
             return self._head_of_rows(self._run(images, pooled_rows=True), False)
         return self.forward_head(self.forward_features(images))
 
+    def require_wrapped(self, what: str) -> None:
+        """Raises RuntimeError once the model was unwrapped."""
+        if not self._is_wrapped:
+            raise RuntimeError(
+                f"{what}: this wrapper was unwrapped; save what was tuned before unwrap, or wrap "
+                "the backbone again"
+            )
+
     # ---- the forward pass ----
 
     def _run(self, images: Tensor, pooled_rows: bool) -> Tensor:
@@ -343,7 +367,13 @@ class GatedPromptViT(nn.Module):
     def _embed(self, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Tokens that enter the first block, [B, N, D], and timm's rotary embeddings: one for all
         blocks, or one for each."""
+        self.require_wrapped("GatedPromptViT")
         vit = self.backbone
+        if images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(
+                "GatedPromptViT: images must be [B, C, H, W] in floating point, got "
+                f"{list(images.shape)} in {images.dtype}"
+            )
         size = vit.patch_embed.img_size
         if vit.patch_embed.strict_img_size and size and tuple(images.shape[-2:]) != tuple(size):
             raise ValueError(
@@ -427,13 +457,9 @@ class GatedPromptViT(nn.Module):
         """All that is tuned, by names that do not depend on how the backbone is patched:
         prompts.tokens, deep_prompts.tokens, gates.0.logit, temperatures.0, head.weight, and
         backbone. before timm's name."""
-        names = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                temperature = re.fullmatch(r"backbone\.blocks\.(\d+)\.attn\.temperature", name)
-                inside = name.replace(".attn.attn.", ".attn.")
-                names[f"temperatures.{temperature[1]}" if temperature else inside] = parameter
-        return names
+        self.require_wrapped("tuned_parameters")
+        tuned = ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+        return {unpatched_name(name): parameter for name, parameter in tuned}
 
     def param_groups(
         self,
@@ -478,6 +504,7 @@ class GatedPromptViT(nn.Module):
             prompts, the weight in the prompts after the last gate of the initial prompts,
             prod_l (1 - g_l), then of each gated block, g_l * prod_{k>l} (1 - g_k); they sum to 1.
         """
+        self.require_wrapped("gate_report")
         logits = [gate.logit for gate in self.gates if gate.logit is not None]
         gates = [logit.double().sigmoid().mean().item() for logit in logits]
         selection = []
@@ -614,10 +641,8 @@ def _resolve(vit: nn.Module, options: dict, init_images) -> dict:
             f"wrap: num_prompts must be at least 1 for {method}, got {o['num_prompts']}"
         )
     if has_prompts and (o["prompt_init"] in DATA_INITS) != (init_images is not None):
-        raise ValueError(
-            f"wrap: init_images goes with prompt_init in {DATA_INITS}, got prompt_init="
-            f"{o['prompt_init']!r} and init_images {'not ' if init_images is None else ''}given"
-        )
+        needed = "needs init_images, got none" if init_images is None else "takes no init_images"
+        raise ValueError(f"wrap: prompt_init={o['prompt_init']!r} {needed}")
     if method.startswith("partial-") and not 1 <= _tuned_blocks(method) <= depth:
         raise ValueError(f"wrap: method 'partial-k' needs k in [1, {depth}], got {method!r}")
     if method.endswith("-deep") and depth == 1:
@@ -702,8 +727,9 @@ def _default_pool(vit: nn.Module) -> str:
     if vit.global_pool == "avg" and isinstance(vit.norm, nn.Identity):
         return "patch"
     raise ValueError(
-        f"wrap: pool must be one of {POOLS} for a backbone with global_pool={vit.global_pool!r} "
-        f"and final norm {type(vit.norm).__name__}, got None"
+        f"wrap: pool must be one of {POOLS}, got None, for a backbone with global_pool="
+        f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}, which norms before it "
+        "pools; here the norm comes after"
     )
 
 

@@ -180,6 +180,14 @@ def test_temperature_of_several_elements_is_refused():
     q, k, v = torch.randn(3, B, N, H, D)
     with pytest.raises(ValueError, match=r"temperature must have one element or .*, got \[3\]"):
         gp.tempered_attention(q, k, v, torch.ones(3))
+    with pytest.raises(TypeError, match="temperature must be a tensor or a float, got NoneType"):
+        gp.tempered_attention(q, k, v, None)
+    with pytest.raises(ValueError, match=r"must be \[B, N, H, d\] of one shape, got \[\[9, 3, 8\]"):
+        gp.tempered_attention(q[0], k[0], v[0], 1.0)
+    with pytest.raises(ValueError, match=r"must be \[B, N, H, d\] of one shape"):
+        gp.tempered_attention(q, k[:, :4], v, 1.0)
+    with pytest.raises(TypeError, match="q, k and v must have one dtype"):
+        gp.tempered_attention(q, k.double(), v, 1.0)
 
 
 # ---- timm's modules ----
@@ -474,17 +482,14 @@ def test_what_it_cannot_do_is_refused():
 # ---- which kernel runs ----
 
 
-def test_auto_says_once_what_it_took_and_why(monkeypatch, caplog):
+def test_auto_says_once_what_it_took_and_why(caplog):
     attention._why_not_xformers.cache_clear()
-    monkeypatch.setattr(attention, "unavailable_reason", lambda backend: "it is not installed")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    q, k, v = torch.randn(3, B, N, H, D)
     with caplog.at_level("INFO", logger="gated_prompt.attention"):
         for _ in range(2):
-            assert attention._why_not_xformers(torch.bfloat16, 64, 0, True) is not None
-    attention._why_not_xformers.cache_clear()
+            gp.tempered_attention(q, k, v, 0.7)
     (record,) = caplog.records
-    for part in ("takes sdpa", "bfloat16", "head size 64", "a GPU", "it is not installed"):
-        assert part in record.getMessage()
+    assert "takes sdpa for torch.float32, head size 8: q is on cpu" in record.getMessage()
 
 
 @pytest.mark.cuda
@@ -549,7 +554,7 @@ def test_auto_takes_xformers_where_it_runs_and_else_sdpa():
             gp.tempered_attention(q, k, v, 0.7), wanted, rtol=2e-2, atol=2e-2
         )
     if attention.unavailable_reason("xformers") is None:
-        assert attention._why_not_xformers(torch.bfloat16, 64, 0, True) is None
-        assert attention._why_not_xformers(torch.float64, 64, 0, True) is not None
+        assert attention._why_not_xformers(torch.bfloat16, 64, q.device, True) is None
+        assert attention._why_not_xformers(torch.float64, 64, q.device, True) is not None
         with pytest.raises(RuntimeError, match="backend='xformers' can't run"):
             gp.tempered_attention(q, k, v, 0.7, "xformers")

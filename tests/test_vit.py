@@ -258,6 +258,24 @@ def test_unwrap_gives_back_the_same_model(method, make):
     gp.wrap(vit, method, num_prompts=4)  # and it may be wrapped again
 
 
+def test_a_wrapper_is_of_no_use_once_it_is_unwrapped(tmp_path):
+    vit = small_vit()
+    model = gp.wrap(vit, num_prompts=4).double()
+    gp.unwrap(model)
+    gp.wrap(vit, num_prompts=4)
+    for use in (
+        lambda: model(torch.randn(1, 3, 40, 24, dtype=torch.float64)),
+        lambda: model.save_tuned(tmp_path / "new"),
+        lambda: gp.tuned_state_dict(model),
+        lambda: model.param_groups(lr=1.0),
+        lambda: model.gate_report(),
+        lambda: gp.unwrap(model),
+    ):
+        with pytest.raises(RuntimeError, match="this wrapper was unwrapped; save what was tuned"):
+            use()
+    assert not (tmp_path / "new").exists()
+
+
 def test_train_mode_follows_what_is_tuned_of_the_backbone():
     for method in METHODS:
         model = gp.wrap(small_vit(proj_drop_rate=0.5, drop_path_rate=0.5), method, num_prompts=4)
@@ -718,8 +736,10 @@ def test_prompts_from_images_say_what_is_wrong_and_leave_the_model_alone():
     vit = small_vit()
     images = torch.randn(1, 3, 40, 24, dtype=torch.float64)
     for options, pattern in (
-        ({"prompt_init": "kmeans"}, "init_images goes with prompt_init .* not given"),
-        ({"init_images": images}, "init_images goes with prompt_init .*'uniform'.* given"),
+        ({"prompt_init": "kmeans"}, "prompt_init='kmeans' needs init_images, got none"),
+        ({"init_images": images}, "prompt_init='uniform' takes no init_images"),
+        ({"prompt_init": "mean", "init_images": images[0]}, r"not a Dataset\), got \[3, 40, 24\]"),
+        ({"prompt_init": "mean", "init_images": [{"image": images}]}, "Dataset.*, got dict"),
         ({"prompt_init": "mean", "init_images": images, "num_prompts": 16},
          "needs at least num_prompts = 16 patch tokens, got 15"),
         ({"prompt_init": "mean", "init_images": []}, "at least one image, got none"),
@@ -737,6 +757,9 @@ def test_images_of_another_size_are_refused():
     model = gp.wrap(small_vit(), num_prompts=2).double()
     with pytest.raises(ValueError, match=r"images must be 40 x 24, .* got 24 x 40"):
         model(torch.randn(1, 3, 24, 40, dtype=torch.float64))
+    for wrong in (torch.randn(3, 40, 24), torch.zeros(1, 3, 40, 24, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\] in floating point"):
+            model(wrong)
     dynamic = gp.wrap(small_vit(dynamic_img_size=True), num_prompts=2).double()
     assert dynamic(torch.randn(1, 3, 24, 40, dtype=torch.float64)).shape == (1, 5)
 
@@ -828,7 +851,9 @@ def test_bad_models_get_their_error():
         gp.wrap(model)
     with pytest.raises(TypeError, match="num_prompts must be an int, got NoneType"):
         gp.wrap(small_vit(), num_prompts=None)
-    with pytest.raises(TypeError, match="model must be what wrap returned, got VisionTransformer"):
+    with pytest.raises(
+        TypeError, match=r"model must be what wrap returned .*, got VisionTransformer"
+    ):
         gp.unwrap(vit)
     parallel = timm.create_model("vit_small_patch16_18x2_224", img_size=32, num_classes=2)
     gp.unwrap(gp.wrap(parallel, "linear"))  # its blocks have no attention to replace
