@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with a learnable temperature at no cost; the only file that imports xformers."""
+"""Attention with a learnable temperature, folded into frozen weights; all that imports xformers."""
 
 from __future__ import annotations
 
