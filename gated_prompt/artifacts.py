@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gated_prompt import __version__
 from gated_prompt.attention import TemperedAttention
 from gated_prompt.backbones import create_backbone
-from gated_prompt.checkpoint import CheckpointError
+from gated_prompt.checkpoint import CheckpointError, first_names
 from gated_prompt.prompt_init import DATA_INITS
 from gated_prompt.vit import GatedPromptViT, check_backbone, unpatched_name, unwrap, wrap
 
@@ -217,7 +217,7 @@ def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) ->
         ("unexpected", state.keys() - targets.keys()),
     ):
         if names:
-            problems.append(f"{len(names)} tensors {words} ({_first(names)})")
+            problems.append(f"{len(names)} tensors {words} ({first_names(sorted(names))})")
     for name in sorted(targets.keys() & state.keys()):
         if not isinstance(state[name], Tensor):
             raise TypeError(f"load_tuned_state_dict: {name} must be a tensor, got {state[name]!r}")
@@ -361,12 +361,6 @@ def _build(saved: dict, folder: Path) -> nn.Module:
 # ---- reading ----
 
 
-def _first(names) -> str:
-    """The first five, with repr: a file's names may hold terminal escapes."""
-    names = sorted(names)
-    return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 def _text(config: dict) -> bytes:
     return json.dumps(config, indent=2, allow_nan=False).encode()
 
@@ -380,8 +374,9 @@ def _parse(data: bytes, path: Path) -> dict:
 
     def need_fields(part, fields, where):
         missing = fields.keys() - part.keys()
-        need(not missing, f"has no {_first(missing)}{where}")
-        need(not part.keys() - fields.keys(), f"has unknown {_first(part.keys() - fields.keys())}")
+        need(not missing, f"has no {first_names(sorted(missing))}{where}")
+        unknown = sorted(part.keys() - fields.keys())
+        need(not unknown, f"has unknown {first_names(unknown)}")
         for name, types in fields.items():
             got = type(part[name]).__name__
             need(isinstance(part[name], types), f"has a wrong type {got} for {name!r}{where}")
@@ -404,7 +399,10 @@ def _parse(data: bytes, path: Path) -> dict:
     need(is_whole, "was changed after it was saved: its sha256 is not that of its text")
     known = inspect.signature(wrap).parameters.keys() - {"vit", "init_images"}
     strangers = config["options"].keys() - known
-    need(not strangers, f"has options that this gated_prompt has not: {_first(strangers)}")
+    need(
+        not strangers,
+        f"has options that this gated_prompt has not: {first_names(sorted(strangers))}",
+    )
     need(
         {"num_prompts", "prompt_init", "frozen_dtype"} <= config["options"].keys(), "lacks options"
     )
@@ -443,7 +441,7 @@ def _read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
         ("has unknown", tensors.keys() - config["tensors"].keys()),
     ):
         if names:
-            raise CheckpointError(f"{who} it {words} {_first(names)}")
+            raise CheckpointError(f"{who} it {words} {first_names(sorted(names))}")
     for name, tensor in tensors.items():
         (wanted, digest), (got, actual) = (
             words.rsplit(" ", 1) for words in (config["tensors"][name], _describe(tensor))
