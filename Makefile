@@ -116,5 +116,5 @@ format: $(CHOSEN)
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist demo_output gated_prompt/*.so *.egg-info .benchmarks .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest build dist demo_output profile_output gated_prompt/*.so *.egg-info .benchmarks .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

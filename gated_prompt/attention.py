@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gated_prompt.functional import is_traced
-from gated_prompt.ops import no_autocast
+from gated_prompt.ops import no_autocast, ranged, scaled_dot
 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 TEMPERATURE_RANGE = (0.01, 10.0)
@@ -127,7 +127,7 @@ def _temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Ten
         dtype = torch.promote_types(q.dtype, torch.float32)
         gradient = (-(q.to(dtype) * grad.to(dtype)).sum() / tau).to(tau.dtype)
     else:
-        gradient = torch.ops.gated_prompt.scaled_dot(q, grad, tau)
+        gradient = scaled_dot(q, grad, tau)
     return gradient.reshape(temperature.shape)
 
 
@@ -161,8 +161,9 @@ def _folded(weight, bias, temperature, rows, dtype):
     tau, results = clamped(temperature), []
     for tensor in (weight, bias):
         if tensor is not None:
-            result = tensor.to(dtype, copy=True)
+            result = torch.empty_like(tensor, dtype=dtype)
             torch.div(tensor[:rows], tau, out=result[:rows])  # rounded once
+            result[rows:].copy_(tensor[rows:])
         results.append(None if tensor is None else result)
     return results
 
@@ -235,15 +236,20 @@ def _project_back(grads, weight, tau):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """softmax(q k^T * d^-0.5) v: q [B, M, H, d], k and v [B, N, H, d] -> [B, M, H, d]."""
-    if backend == "auto" and (is_traced(q, k, v) or not _takes_xformers(q)):
-        backend = "sdpa"
-    if backend in ("auto", "xformers"):
-        return _xformers_attention(q, k, v)
+    if backend == "auto":
+        backend = "sdpa" if is_traced(q, k, v) or not _takes_xformers(q) else "xformers"
+    return _KERNELS[backend](q, k, v)
+
+
+def _sdpa(q, k, v):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if backend == "math":
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        return (weights @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _math(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2)
 
 
 def unavailable_reason(backend: str) -> str | None:
@@ -297,6 +303,13 @@ def _xformers_attention(q, k, v):
         except NotImplementedError as error:
             reason = str(error)
     raise RuntimeError(f"tempered_attention: backend='xformers' can't run: {reason}")
+
+
+_KERNELS = {
+    "sdpa": ranged("attention sdpa", _sdpa),
+    "xformers": ranged("attention xformers", _xformers_attention),
+    "math": ranged("attention math", _math),
+}
 
 
 # ---- timm's attention ----

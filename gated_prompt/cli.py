@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: gated-prompt demo | info. Only `demo` needs the extra `tune`."""
+"""The command line: gated-prompt demo | profile | info. Only `info` does without extras."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import sys
 
@@ -11,11 +12,11 @@ import sys
 def main(argv: list[str] | None = None) -> None:
     """Runs a subcommand; options of the subcommand are its own, shown by --help after its name."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"demo": demo, "info": info}
+    commands = {"demo": demo, "profile": profile, "info": info}
     parser = argparse.ArgumentParser(
         prog="gated-prompt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"  {name:6} {run.__doc__}" for name, run in commands.items()),
+        epilog="\n".join(f"  {name:8} {run.__doc__}" for name, run in commands.items()),
     )
     parser.add_argument("command", choices=commands, help="what to do; --help after it says more")
     arguments = parser.parse_args(argv[:1])
@@ -24,13 +25,31 @@ def main(argv: list[str] | None = None) -> None:
 
 def demo(argv: list[str]) -> None:
     """Pretrain, freeze and tune a small ViT: no download, no GPU, two to three minutes."""
-    try:
+    with _extra("demo"):
         import tyro
 
         from gated_prompt.demo import DemoConfig, run_demo
-    except ModuleNotFoundError as error:
-        sys.exit(f"gated-prompt demo: {error}; install the extra: pip install 'gated-prompt[tune]'")
     run_demo(tyro.cli(DemoConfig, args=argv, prog="gated-prompt demo"))
+
+
+def profile(argv: list[str]) -> None:
+    """Where the time of a training step goes, and how much of it the gate takes."""
+    with _extra("profile"):
+        import tyro
+
+        from gated_prompt.profile import ProfileConfig, run_profile
+    run_profile(tyro.cli(ProfileConfig, args=argv, prog="gated-prompt profile"))
+
+
+@contextlib.contextmanager
+def _extra(command: str):
+    """Around imports that the extra `tune` serves."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"gated-prompt {command}: {error}; install the extra: pip install 'gated-prompt[tune]'"
+        )
 
 
 def info(argv: list[str]) -> None:

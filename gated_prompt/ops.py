@@ -16,6 +16,7 @@ import sys
 import torch
 
 _REUSES_GRADIENTS = os.environ.get("GATED_PROMPT_REUSE_GRADIENTS", "1") != "0"  # for debugging
+_HAS_RANGES = os.environ.get("GATED_PROMPT_NVTX", "") not in ("", "0")  # docs/profiling.md
 BUILD_HINT = "run `pip install .` in the source tree (docs/building.md)"
 
 try:
@@ -40,6 +41,15 @@ else:
         )
     except ImportError as error:
         cuda_unavailable_reason = f"gated_prompt._C_cuda does not load: {error}"
+
+if _HAS_RANGES:
+    try:
+        import nvtx
+    except ImportError as error:
+        raise ImportError(
+            f"gated_prompt: GATED_PROMPT_NVTX={os.environ['GATED_PROMPT_NVTX']} needs the package "
+            f"nvtx: {error}. Unset it, or pip install nvtx."
+        ) from error
 
 
 def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
@@ -78,6 +88,39 @@ def _lacking_architecture(index: int) -> str | None:
         f"its architecture {'.'.join(map(str, capability))} is not among those of this build, "
         f"{architectures} (set TORCH_CUDA_ARCH_LIST)"
     )
+
+
+# ---- raw ops ----
+
+
+def ranged(name, function, length=None):
+    """`function` itself; under GATED_PROMPT_NVTX=1, `function` inside an nvtx range.
+
+    The range, in the domain "gated_prompt", is named by shape and dtype of the first argument, and
+    by the argument at position `length`: "prompt_gate_fwd_ [64, 247, 768] P=50 bfloat16".
+    """
+    if not _HAS_RANGES:
+        return function
+
+    def run(*args):
+        if torch.compiler.is_compiling():  # a graph has no place for a range
+            return function(*args)
+        parts = [name, str(list(args[0].shape)), str(args[0].dtype).removeprefix("torch.")]
+        if length is not None:
+            parts.insert(2, f"P={args[length]}")
+        with nvtx.annotate(" ".join(parts), domain="gated_prompt"):
+            return function(*args)
+
+    return run
+
+
+_raw = torch.ops.gated_prompt
+prompt_gate_fwd_ = ranged("prompt_gate_fwd_", _raw.prompt_gate_fwd_.default, length=4)
+prompt_gate_linear_token_fwd_ = ranged(
+    "prompt_gate_linear_token_fwd_", _raw.prompt_gate_linear_token_fwd_.default, length=5
+)
+prompt_gate_bwd_ = ranged("prompt_gate_bwd_", _raw.prompt_gate_bwd_.default, length=5)
+scaled_dot = ranged("scaled_dot", _raw.scaled_dot.default)
 
 
 @torch.library.register_fake("gated_prompt::prompt_gate_fwd_")
@@ -236,9 +279,7 @@ class PromptGateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block_out, rows, carrier, carries, gate_logit, start, length, mix, save):
-        saved = torch.ops.gated_prompt.prompt_gate_fwd_(
-            block_out, rows, gate_logit, start, length, mix, save
-        )
+        saved = prompt_gate_fwd_(block_out, rows, gate_logit, start, length, mix, save)
         ctx.save_for_backward(saved, gate_logit)
         return _outputs(ctx, block_out, rows, carries, start, length, mix)
 
@@ -262,16 +303,14 @@ class PromptGateLinearFunction(torch.autograd.Function):
     ):  # fmt: skip
         save_logit, save, save_rows = saves
         if weight.shape[0] == 1:
-            logit, saved, h = torch.ops.gated_prompt.prompt_gate_linear_token_fwd_(
+            logit, saved, h = prompt_gate_linear_token_fwd_(
                 block_out, rows, weight[0], bias, start, length, mix,
                 save_logit, save, save_rows and mix,
             )  # fmt: skip
         else:
             h = block_out[:, start : start + length].clone(memory_format=torch.contiguous_format)
             logit = linear_logit(h, weight, bias)
-            saved = torch.ops.gated_prompt.prompt_gate_fwd_(
-                block_out, rows, logit, start, length, mix, save and mix
-            )
+            saved = prompt_gate_fwd_(block_out, rows, logit, start, length, mix, save and mix)
             if save and not mix:
                 saved = h
         # for the rule residual, `saved` is h itself
@@ -368,7 +407,7 @@ def _linear_gradients(ctx, bwd):
 def _bwd_kernel(
     ctx, grad_out, grad_carrier, need_out, need_in, saved, gate_logit, need_logit, need_bias
 ):  # fmt: skip
-    grads = torch.ops.gated_prompt.prompt_gate_bwd_(
+    grads = prompt_gate_bwd_(
         grad_out, saved, gate_logit, grad_carrier, ctx.start, ctx.length, ctx.mix,
         need_out, need_in, need_logit, need_bias, ctx.in_dtype,
     )  # fmt: skip

@@ -29,10 +29,8 @@ def leaf(*size, dtype=torch.float64):
 @pytest.fixture
 def scaled_dots(monkeypatch):
     """The calls of the kernel, and what it was given."""
-    calls, kernel = [], torch.ops.gated_prompt.scaled_dot
-    monkeypatch.setattr(
-        torch.ops.gated_prompt, "scaled_dot", lambda *args: calls.append(args) or kernel(*args)
-    )
+    calls, kernel = [], attention.scaled_dot
+    monkeypatch.setattr(attention, "scaled_dot", lambda *args: calls.append(args) or kernel(*args))
     return calls
 
 

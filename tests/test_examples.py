@@ -13,7 +13,7 @@ from gated_prompt import reference
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     (page, code)
-    for page in ("docs/prompt_gate.md", "docs/vit.md")
+    for page in ("docs/prompt_gate.md", "docs/vit.md", "docs/profiling.md")
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 ]
 
@@ -34,4 +34,5 @@ def test_code_in_the_documentation_runs(page, code):
 
 
 def test_the_documentation_has_code():
-    assert [page for page, _ in BLOCKS] == 3 * ["docs/prompt_gate.md"] + 2 * ["docs/vit.md"]
+    pages = 3 * ["docs/prompt_gate.md"] + 2 * ["docs/vit.md"] + ["docs/profiling.md"]
+    assert [page for page, _ in BLOCKS] == pages

@@ -21,7 +21,7 @@ LAYERS = (
     {"backbones"},
     {"artifacts"},
     {"tune", "plots"},
-    {"demo"},
+    {"demo", "profile"},
     {"cli"},
 )
 THIRD_PARTY = {

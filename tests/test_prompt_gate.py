@@ -225,14 +225,14 @@ def test_docstring_states_the_formula(gate):
 @pytest.fixture
 def bwd_sizes(monkeypatch):
     """numel of what each call of the raw backward returned."""
-    sizes, bwd = [], torch.ops.gated_prompt.prompt_gate_bwd_
+    sizes, bwd = [], ops.prompt_gate_bwd_
 
     def spy(*args):
         result = bwd(*args)
         sizes.append([t.numel() for t in result])
         return result
 
-    monkeypatch.setattr(torch.ops.gated_prompt, "prompt_gate_bwd_", spy)
+    monkeypatch.setattr(ops, "prompt_gate_bwd_", spy)
     return sizes
 
 
@@ -297,16 +297,15 @@ def test_saved_bytes_are_one_slice_where_the_gate_learns(device, gate, rule, dty
 
 @pytest.mark.parametrize("gate", GATES)
 def test_nothing_is_saved_for_evaluation(device, gate, monkeypatch):
-    sizes, raw = [], torch.ops.gated_prompt
-    fwd, linear_token_fwd = raw.prompt_gate_fwd_, raw.prompt_gate_linear_token_fwd_
+    sizes, fwd, linear_token_fwd = [], ops.prompt_gate_fwd_, ops.prompt_gate_linear_token_fwd_
 
     def count(tensors):
         sizes.extend(t.numel() for t in tensors)
         return tensors
 
-    monkeypatch.setattr(raw, "prompt_gate_fwd_", lambda *a: count([fwd(*a)])[0])
+    monkeypatch.setattr(ops, "prompt_gate_fwd_", lambda *a: count([fwd(*a)])[0])
     monkeypatch.setattr(
-        raw, "prompt_gate_linear_token_fwd_", lambda *a: count(linear_token_fwd(*a))
+        ops, "prompt_gate_linear_token_fwd_", lambda *a: count(linear_token_fwd(*a))
     )
     case = Case(gate=gate, inplace=True, device=device)
     (h, x, *gates), _ = leaves_of(case)
