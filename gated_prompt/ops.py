@@ -191,19 +191,21 @@ copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]
 # A backward may rescale the incoming gradient in place, instead of a copy, only if nothing else can
 # see it. What PyTorch's engine hands over and keeps nowhere else has the same reference counts each
 # time; a gradient that is also on its way to another node, was handed in by the caller, is kept by
-# a hook, or is a view of something has others. Memory that is not PyTorch's own (numpy's, another
-# process's) has an owner that no count tells of.
+# a hook, or is a view of something has others. Memory of numpy that a backward returns is the
+# engine's by these counts, to the engine itself as well, which adds to it in place.
 
 
 def _counts(grad):
-    """Uses of the tensor and of its storage, in C++ and in Python; None: they don't tell all."""
+    """Uses of the tensor, in C++ and in Python, and of its storage; None: they don't tell.
+
+    The storage is asked by its address: grad.untyped_storage() would count as a use for as long as
+    the storage lives, and the engine, which asks the same, would then add the next gradient to this
+    one out of place.
+    """
     if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad) or grad.is_meta:
         return None
-    storage = grad.untyped_storage()
-    if not storage.resizable() or (grad.is_cpu and storage.is_shared()):
-        return None
-    uses = grad._use_count(), torch._C._storage_Use_Count(storage._cdata)
-    return *uses, sys.getrefcount(grad), sys.getrefcount(storage)
+    of_storage = torch._C._storage_Use_Count(torch._C._storage_address(grad))
+    return grad._use_count(), sys.getrefcount(grad), of_storage
 
 
 class _Probe(torch.autograd.Function):
