@@ -80,7 +80,8 @@ def extensions():
     if os.environ.get("GATED_PROMPT_WERROR"):
         warnings.append("-Werror")
     here = f"-fmacro-prefix-map={os.getcwd()}/="  # messages name csrc/..., wherever it was built
-    cxx = ["-O3", here, "-ffp-contract=off", "-fvisibility=hidden", *warnings, *HARDENING, *common]
+    math = ["-ffp-contract=off", "-fno-trapping-math"]  # the latter lets loops with a choice vectorise
+    cxx = ["-O3", here, *math, "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",
         ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp", "csrc/scaled_dot_cpu.cpp"],

@@ -17,48 +17,57 @@ namespace {
 
 // Results go to target [n] as they are made, rounded. A target may be a source, at the same
 // elements: no element depends on another, which is what ivdep says.
+#define GP_LOOP _Pragma("GCC ivdep") _Pragma("GCC unroll 4")
 
 template <class T, class A, bool kUnit>  // source [n] -> target [n]
 GP_TARGET_CLONES void store(const A* source, int64_t n, T* target, int64_t stride) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  GP_LOOP for (int64_t i = 0; i < n; ++i) {
     target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(source[i]));
   }
 }
 
-template <class T, class A, bool kUnit>  // g*h + w*x
-GP_TARGET_CLONES void store_update(const A* h, const A* x, const A* g, const A* w, int64_t n,
-                                   T* target, int64_t stride) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+// A gate G is one value for all elements, A, or one for each, const A*.
+template <class A>
+inline A element(A value, int64_t) {
+  return value;
+}
+template <class A>
+inline A element(const A* values, int64_t i) {
+  return values[i];
+}
+
+template <class T, class A, bool kUnit, class G>  // g*h + w*x
+GP_TARGET_CLONES void store_update(const A* h, const A* x, G g, G w, int64_t n, T* target,
+                                   int64_t stride) {
+  GP_LOOP for (int64_t i = 0; i < n; ++i) {
     target[at<kUnit>(i, stride)] =
-        narrow<T>(static_cast<compute_t<T>>(update(g[i], h[i], w[i], x[i])));
+        narrow<T>(static_cast<compute_t<T>>(update(element(g, i), h[i], element(w, i), x[i])));
   }
 }
 
-template <class T, class A, bool kUnit>  // (h - x)/2 or h
-GP_TARGET_CLONES void store_derivative(const A* h, const A* x, bool mix, int64_t n, T* target,
-                                       int64_t stride) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+template <class T, class A, bool kUnit, class G>  // that, and saved [n] <- (h - x)/2 or h
+GP_TARGET_CLONES void store_both(const A* h, const A* x, G g, G w, bool mix, int64_t n, T* target,
+                                 int64_t stride, T* saved) {
+  GP_LOOP for (int64_t i = 0; i < n; ++i) {
+    const A old = h[i];  // where the target may be
+    const A into = x[i];
+    saved[i] = narrow<T>(static_cast<compute_t<T>>(saved_derivative(mix, old, into)));
     target[at<kUnit>(i, stride)] =
-        narrow<T>(static_cast<compute_t<T>>(saved_derivative(mix, h[i], x[i])));
+        narrow<T>(static_cast<compute_t<T>>(update(element(g, i), old, element(w, i), into)));
   }
 }
 
-template <class T, class A, bool kUnit>  // a*t
-GP_TARGET_CLONES void store_product(const A* a, const A* t, int64_t n, T* target, int64_t stride) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(a[i] * t[i]));
+template <class T, class A, bool kUnit, class G>  // g*t
+GP_TARGET_CLONES void store_product(G g, const A* t, int64_t n, T* target, int64_t stride) {
+  GP_LOOP for (int64_t i = 0; i < n; ++i) {
+    target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(element(g, i) * t[i]));
   }
 }
 
 // From logits [n] (w may be the same array): g [n], w [n], slope [n].
 template <class A>
 GP_TARGET_CLONES void gates(const A* logits, int64_t n, bool mix, A* g, A* w, A* slope) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  GP_LOOP for (int64_t i = 0; i < n; ++i) {
     const Gate<A> gate = make_gate(logits[i]);
     g[i] = gate.value;
     w[i] = gate.complement;
@@ -69,8 +78,7 @@ GP_TARGET_CLONES void gates(const A* logits, int64_t n, bool mix, A* g, A* w, A*
 
 template <class A>  // sum <- a + b; may be one of them
 GP_TARGET_CLONES void add_row(const A* a, const A* b, int64_t n, A* sum) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
+  GP_LOOP for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
 }
 
 template <class A>  // grad <- gradient of the logit, from s*t
@@ -110,29 +118,28 @@ void store_row(const A* source, int64_t n, const Rows& rows, RowIndex row) {
   });
 }
 
-template <class A>
-void store_product_row(const A* a, const A* t, int64_t n, const Rows& rows, RowIndex row) {
-  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
-    store_product<std::remove_pointer_t<decltype(target)>, A, unit.value>(a, t, n, target, stride);
-  });
-}
-
-// The gate of one row, an element for each channel.
+// The gate of one row.
 template <class A>
 struct GateRow {
-  A *g, *w, *slope;  // [D]
+  A *g, *w, *slope;  // [width]
   int64_t width;     // of its logit: D or 1
 
   void read(const PromptGateParams& p, RowIndex row) {
-    expand(p, load_row(p.logit, row, width, w));
+    gates(load_row(p.logit, row, width, w), width, p.mix, g, w, slope);
   }
-  void expand(const PromptGateParams& p, const A* logits) {
-    gates(logits, width, p.mix, g, w, slope);
-    if (width == p.dim) return;
-    std::fill(g + 1, g + p.dim, *g);
-    std::fill(w + 1, w + p.dim, *w);
+  // Calls f(g, w) with values, or with arrays [D].
+  template <class F>
+  void visit(F&& f) const {
+    width == 1 ? f(*g, *w) : f(static_cast<const A*>(g), static_cast<const A*>(w));
   }
 };
+
+template <class A, class G>
+void store_product_row(G g, const A* t, int64_t n, const Rows& rows, RowIndex row) {
+  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
+    store_product<std::remove_pointer_t<decltype(target)>, A, unit.value>(g, t, n, target, stride);
+  });
+}
 
 // Calls f(task, segment, first row, end row) with the rows of each task.
 template <class F>
@@ -166,20 +173,22 @@ void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
       if (is_linear) {
         const A logit = static_cast<A>(dot_row(h, weight, n)) + *bias;
         if (p.logit.data != nullptr) store_row(&logit, 1, p.logit, row);
-        gate.expand(p, &logit);
+        gates(&logit, 1, p.mix, gate.g, gate.w, gate.slope);
         if (p.gathered.data != nullptr) store_row(h, n, p.gathered, row);
       } else if (segments.streamed || i == first) {
         gate.read(p, row);
       }
-      if (p.saved.data != nullptr) {
-        with_target(p.saved, row, [&](auto* target, int64_t stride, auto unit) {
-          store_derivative<std::remove_pointer_t<decltype(target)>, A, unit.value>(h, x, p.mix, n,
-                                                                                   target, stride);
+      gate.visit([&](auto g, auto w) {
+        with_target(p.out, row, [&](auto* target, int64_t stride, auto unit) {
+          using T = std::remove_pointer_t<decltype(target)>;
+          T* saved = static_cast<T*>(p.saved.data);  // its rows are contiguous, of this dtype
+          if (saved == nullptr) {
+            store_update<T, A, unit.value>(h, x, g, w, n, target, stride);
+          } else {
+            saved += offset_of(p.saved, row);
+            store_both<T, A, unit.value>(h, x, g, w, p.mix, n, target, stride, saved);
+          }
         });
-      }
-      with_target(p.out, row, [&](auto* target, int64_t stride, auto unit) {
-        store_update<std::remove_pointer_t<decltype(target)>, A, unit.value>(h, x, gate.g, gate.w,
-                                                                             n, target, stride);
       });
     }
   });
@@ -220,8 +229,10 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, A* partials
           if (p.grad_logit.data != nullptr) store_row(grad, gate.width, p.grad_logit, row);
         }
       }
-      if (p.in.data != nullptr) store_product_row(gate.w, t, n, p.in, row);
-      if (p.rescale) store_product_row(gate.g, t, n, p.out, row);
+      gate.visit([&](auto g, auto w) {
+        if (p.in.data != nullptr) store_product_row(w, t, n, p.in, row);
+        if (p.rescale) store_product_row(g, t, n, p.out, row);
+      });
     }
     if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
   });

@@ -83,8 +83,7 @@ GP_HD BFloat16 narrow<BFloat16>(float value) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7fffu : rounded)};
+  return {static_cast<uint16_t>(value != value ? 0x7fffu : rounded)};
 #endif
 }
 template <>

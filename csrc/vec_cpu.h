@@ -29,6 +29,7 @@ inline int64_t at(int64_t i, int64_t stride) {
 
 template <class T, class A, bool kUnit>  // source [n] -> target [n]
 GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __restrict__ target) {
+#pragma GCC unroll 4
   for (int64_t i = 0; i < n; ++i) {
     target[i] = static_cast<A>(widen(source[at<kUnit>(i, stride)]));
   }

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import gated_prompt as gp
+from gated_prompt import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,7 +276,7 @@ FAULTS = {
     ],
 )
 def test_fuzzer_finds_a_planted_fault(name, fault, monkeypatch):
-    monkeypatch.setattr(RAW, name, fault)
+    monkeypatch.setattr(ops, name, fault)
 
     # as found, without making it smaller
     @fuzz(max_examples=CASES, phases=[Phase.generate])
