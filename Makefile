@@ -1,4 +1,4 @@
-# make demo | test | support | fuzz | opcheck | coverage | gpu | bench | resources | lint | format | clean
+# make demo | test | support | fuzz | opcheck | coverage | bench | gpu | report | guard | resources | lint | format | clean
 #
 # TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
 # PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
@@ -19,7 +19,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # In continuous integration a warning is an error; with a user's compiler it is not.
 export GATED_PROMPT_WERROR ?= $(CI)
 
-.PHONY: demo test support fuzz opcheck opcheck-newest coverage gpu bench resources lint format clean build
+.PHONY: demo test support fuzz opcheck opcheck-newest coverage bench gpu report guard resources lint format clean build
 .DELETE_ON_ERROR:
 
 # The environment: torch as chosen, then everything else held to it. Made anew where TORCH changes.
@@ -88,17 +88,27 @@ coverage: $(CHOSEN)
 GCOVR = --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
   --gcov-ignore-parse-errors=negative_hits.warn_once_per_file
 
-# One thread, in CPU time: what else the machine does counts less. peft: for the rows of LoRA.
+# The quick form, on the CPU; BENCH=... are flags of benchmarks/shapes.py. peft: for the rows of LoRA.
 bench: build
 	$(PIP) --constraint $(VENV)/constraints.txt peft
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-timer=time.process_time
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "cpu and not cuda" $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
 
 # On a machine with a GPU, with the packages that are there: build, CUDA tests, benchmarks; JSON to $(RESULTS).
 gpu:
 	mkdir -p $(RESULTS)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest tests -m cuda --junitxml=$(RESULTS)/gpu-tests.xml
-	$(PYTHON) -m pytest benchmarks --benchmark-only -k "cuda and not cpu" --benchmark-json=$(RESULTS)/gpu-benchmarks.json
+	$(PYTHON) -m pytest benchmarks --benchmark-only -k "cuda and not cpu" $(BENCH) --benchmark-json=$(RESULTS)/gpu.json
+
+# Tables and plots of benchmarks/README.md from $(RESULTS), and docs/counts.md.
+report: build
+	$(BIN)/python benchmarks/report.py benchmarks/README.md
+	$(BIN)/python benchmarks/counts.py docs/counts.md
+
+# Instructions and registers beside benchmarks/baseline.json; UPDATE=--update writes it. Needs valgrind and nvcc.
+guard: build
+	$(BIN)/python benchmarks/guard.py $(UPDATE)
 
 # Registers, spills and memory instructions of the CUDA kernels; needs nvcc, no GPU.
 resources: $(CHOSEN)

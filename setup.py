@@ -80,7 +80,7 @@ def extensions():
     if os.environ.get("GATED_PROMPT_WERROR"):
         warnings.append("-Werror")
     here = f"-fmacro-prefix-map={os.getcwd()}/="  # messages name csrc/..., wherever it was built
-    math = ["-ffp-contract=off", "-fno-trapping-math"]  # the latter lets loops with a choice vectorise
+    math = ["-ffp-contract=off", "-fno-trapping-math"]  # the latter: choices vectorise
     cxx = ["-O3", here, *math, "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",

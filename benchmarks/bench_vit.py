@@ -2,14 +2,12 @@
 """Whole models beside their peers: a training step (forward, loss, gradients of all that is tuned;
 no optimiser) and inference.
 
-    pytest benchmarks/bench_vit.py --benchmark-only [--all-shapes]
+    pytest benchmarks/bench_vit.py --benchmark-only [flags of shapes.py] [--all-peers]
 
-float32 on the CPU, bfloat16 autocast on CUDA; --all-shapes adds shapes, and compiled rows on the
-CPU. Rows are timed one after the other, but each interleaved with a reference: before each timed
-round, outside of its time, the reference runs once: VPT-shallow on timm's own blocks, eager or
-compiled as the row is. extra_info["ratio"] is the median over these pairs of the row's time over
-the reference's, between the ends of its 95 % interval; two rows compare by their ratios. The row
-"vpt-shallow" is the reference against itself: its interval is the noise.
+float32 on the CPU; on CUDA under bfloat16 autocast. ratio is to VPT-shallow on timm's own blocks,
+run in the same way: eager, compiled or as a CUDA graph; the row "vpt-shallow" is that against
+itself, its interval the noise. --all-peers adds what takes long, most compiled rows, and our own
+linear and full, which do what others' do.
 
 Other extra_info: images_per_s, from the median; tuned, the number of tuned parameters; of a step,
 saved_bytes, between forward and backward, and on CUDA peak_bytes, above what was there before.
@@ -19,101 +17,90 @@ the eager float32 model.
 
 import contextlib
 import functools
-import math
-import statistics
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import annotate, time_call
-from vit_peers import (
-    PEERS,
-    allocated_bytes,
-    check,
-    errors,
-    make,
-    results,
-    saved_bytes,
-    tuned,
-    unavailable_reason,
-)
+from counts import allocated_bytes, saved_bytes
+from harness import Graphed, Work, label, race, timed_here
+from peers import COMPILED, compiled
+from shapes import MODELS, chosen
+from torch.nn.utils import parameters_to_vector
+from vit_peers import PEERS, check, make, tuned, unavailable_reason
 
-MODES = ("step", "inference")
-ONCE = ("linear", "gated_prompt linear")  # the same ops, and too few to compile
-ROWS = [f"{name}{how}" for how in ("", ", compiled") for name in PEERS if name not in ONCE]
-ROWS.insert(0, "linear")
-SHAPES = {  # name: (device, arch, pixels, P, B, whether by default)
-    "ViT-S/16 224 P50 B2": ("cpu", "vit_small_patch16_224", 224, 50, 2, True),
-    "ViT-B/16 224 P50 B2": ("cpu", "vit_base_patch16_224", 224, 50, 2, False),
-    "ViT-B/16 224 P50 B64": ("cuda", "vit_base_patch16_224", 224, 50, 64, True),
-    "ViT-B/16 384 P50 B64": ("cuda", "vit_base_patch16_224", 384, 50, 64, True),
-    "ViT-B/16 224 P50 B8": ("cuda", "vit_base_patch16_224", 224, 50, 8, False),
-    "ViT-B/16 224 P200 B64": ("cuda", "vit_base_patch16_224", 224, 200, 64, False),
-    "ViT-S/16 224 P50 B64": ("cuda", "vit_small_patch16_224", 224, 50, 64, False),
-    "ViT-L/16 384 P50 B64": ("cuda", "vit_large_patch16_224", 384, 50, 64, False),
-    "ViT-L/16 512 P50 B16": ("cuda", "vit_large_patch16_224", 512, 50, 16, False),
-    "ViT-H/14 224 P50 B64": ("cuda", "vit_huge_patch14_224", 224, 50, 64, False),
-}
-ROUNDS = {"cpu": (5, 1), "cuda": (60, 10)}  # timed, to warm up
+MODES = {"step": "forward+backward", "inference": "forward"}
+HOWS = ("", *COMPILED, ", graph")
+SAME = ("gated_prompt linear", "gated_prompt full")  # as others' linear and full
+QUICK_COMPILED = ("original", "gated_prompt", "gated_prompt, all rows", "vpt-shallow")
+EAGER_ONLY = ("linear", "linear, cached features", *SAME)
 TOLERANCE = {"cpu": 1e-3, "cuda": 0.1}  # relative, of logits and of each group of gradients
+pytestmark = timed_here
 
 
-def precision(device):
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+class Model(Work):
+    """A peer in one mode on one shape."""
 
+    def __init__(self, case, mode, name, how):
+        super().__init__(case, f"{name}{how}")
+        check(name, case.device)
+        batch, self.mode = case.batch, mode
+        self.eager = make(name, MODELS[case.model][0], case.prompts, img_size=case.pixels)
+        self.eager = self.eager.to(case.device).train(mode == "step")
+        self.model = compiled(self.eager, COMPILED.get(how))
+        self.images = self.randn(batch, 3, case.pixels, case.pixels, dtype=torch.float32)
+        self.labels = torch.arange(batch, device=case.device)
+        self.tuned = tuned(self.eager)
+        self.parameters = [p for group in self.tuned.values() for p in group]
 
-class Case:
-    """A peer, ready to run in one mode on one shape."""
-
-    def __init__(self, shape, mode, row):
-        self.device, arch, pixels, num_prompts, batch, _ = SHAPES[shape]
-        name = row.removesuffix(", compiled")
-        check(name, self.device)
-        self.eager = make(name, arch, num_prompts, img_size=pixels).to(self.device)
-        self.model = self.eager.train(mode == "step")
-        if row != name:
-            self.model = torch.compile(self.model, fullgraph=True, dynamic=False)
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, pixels, pixels, generator=generator)
-        self.images, self.labels = images.to(self.device), torch.arange(batch).to(self.device)
-        self.parameters = [p for group in tuned(self.eager).values() for p in group]
-        self.run = self.step if mode == "step" else self.inference
-
-    def forward(self, images):
-        with precision(self.device):
-            return self.model(images)
-
-    def step(self):
-        loss = F.cross_entropy(self.forward(self.images), self.labels)
-        return torch.autograd.grad(loss, self.parameters)
+    def precision(self):
+        if self.device == "cuda":
+            return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+        return contextlib.nullcontext()
 
     @torch.no_grad()
-    def inference(self):
-        return self.forward(self.images)
+    def infer(self):
+        if self.mode == "inference":
+            with self.precision():
+                self.result = self.model(self.images)
 
-    def check(self):
-        """What will be timed against the eager float32 model, 8 images at a time to fit."""
-        parameters = tuned(self.eager) if self.run == self.step else {}
-        with torch.set_grad_enabled(self.run == self.step):
-            got = results(self.forward, parameters, self.images)
-            wanted = results(self.eager, parameters, self.images, at_once=8)
-        for name, error in errors(got, wanted).items():
-            # sums that cancel: bfloat16 gave 0.31 in the original, 0.15 in ours (ViT-S/16, CPU)
-            tolerance = TOLERANCE[self.device] * (10 if name == "temperatures" else 1)
-            assert error < tolerance, f"{name}: relative error {error:.3g}"
+    def forward(self):
+        if self.mode == "step":
+            with self.precision():
+                self.result = self.model(self.images)
+                self.loss = F.cross_entropy(self.result, self.labels)
 
-    def seconds(self):
-        timer = time.perf_counter if self.device == "cuda" else time.process_time
-        start = timer()
-        self.run()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return timer() - start
+    def backward(self):
+        if self.mode == "step":
+            self.gradients = torch.autograd.grad(self.loss, self.parameters)
+
+    def verify(self):
+        """Beside the eager float32 model, 8 images at a time to fit."""
+        wanted, gradients = [], [torch.zeros_like(p) for p in self.parameters]
+        with torch.set_grad_enabled(self.mode == "step"):
+            for images, labels in zip(self.images.split(8), self.labels.split(8), strict=True):
+                logits = self.eager(images)
+                wanted.append(logits.detach())
+                if self.mode == "step":
+                    loss = F.cross_entropy(logits, labels, reduction="sum") / len(self.images)
+                    new = torch.autograd.grad(loss, self.parameters)
+                    gradients = [a + b for a, b in zip(gradients, new, strict=True)]
+        self.compare("logits", self.result.detach(), torch.cat(wanted))
+        if self.mode == "step":
+            own = list(self.gradients)
+            for name, group in self.tuned.items():
+                parts = (parameters_to_vector(t[: len(group)]) for t in (own, gradients))
+                self.compare(name, *parts)
+                del own[: len(group)], gradients[: len(group)]
+
+    def compare(self, name, got, wanted):
+        error = ((got.float() - wanted).norm() / wanted.norm()).item()
+        # sums that cancel: bfloat16 gave 0.31 in the original, 0.15 in ours (ViT-S/16, CPU)
+        tolerance = TOLERANCE[self.device] * (10 if name == "temperatures" else 1)
+        assert error < tolerance, f"{name}: relative error {error:.3g}"
 
     def memory(self):
         """saved_bytes and peak_bytes of a step that has run before."""
-        with precision(self.device):
+        with self.precision():
             found = {"saved_bytes": allocated_bytes(self.model, self.images)}
             if self.model is self.eager:  # by two means
                 counted = saved_bytes(self.eager, self.images)[0]
@@ -121,64 +108,60 @@ class Case:
         if self.device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            self.run()
+            self.forward()
+            self.backward()
             found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         return found
 
 
 @functools.lru_cache(maxsize=1)
-def reference(shape, mode, how):
+def rival_of(case, mode, how):
     torch._dynamo.reset()  # nothing of other shapes and modes is left to guard against
-    return Case(shape, mode, f"vpt-shallow{how}")
+    return make_work(case, mode, "vpt-shallow", how)
 
 
-def interval(ratios):
-    """[low, median, high]: the median and its 95 % interval, from the order of the values."""
-    ratios, half = sorted(ratios), 0.98 * len(ratios) ** 0.5
-    middle = (len(ratios) - 1) / 2
-    low, high = max(0, int(middle - half)), min(len(ratios) - 1, math.ceil(middle + half))
-    return [ratios[low], statistics.median(ratios), ratios[high]]
+def make_work(case, mode, name, how):
+    work = Model(case, mode, name, how)
+    return Graphed(work) if how == ", graph" else work
 
 
-@pytest.mark.parametrize("peer", ROWS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("device", "shape"), [(SHAPES[shape][0], shape) for shape in SHAPES], indirect=["device"]
-)
-def test_vit(benchmark, request, device, shape, mode, peer):
-    name = peer.removesuffix(", compiled")
-    how = peer.removeprefix(name)
-    by_default = SHAPES[shape][-1] and (device == "cuda" or not how)
-    if not by_default and not request.config.option.all_shapes:
-        pytest.skip("with --all-shapes")
-    if unavailable_reason(name) is not None:
-        pytest.skip(unavailable_reason(name))
-    benchmark.group = f"{shape} {mode}"
+def rows(config):
+    """(device, case, mode, how, peer)"""
+    for case in chosen(config, "vit"):
+        for mode in MODES:
+            for how in HOWS:
+                for name in PEERS:
+                    if (name in EAGER_ONLY and how) or (how == ", graph" and case.device == "cpu"):
+                        continue
+                    if config.getoption("all_peers") or by_default(case, mode, how, name):
+                        yield case.device, case, mode, how, name
+
+
+def by_default(case, mode, how, name):
+    """Eager, and on CUDA a few steps compiled and as graphs: to compile a model takes a minute."""
+    if how == "":
+        return name not in SAME
+    if case.device == "cpu" or mode != "step" or name not in QUICK_COMPILED:
+        return False
+    size = case.pixels, case.batch
+    return size == {", compiled": (224, 64), ", graph": (224, 8)}.get(how)
+
+
+def pytest_generate_tests(metafunc):
+    names = ("device", "case", "mode", "how", "peer")
+    metafunc.parametrize(names, list(rows(metafunc.config)), indirect=["device"], ids=str)
+
+
+def test_vit(benchmark, device, case, mode, how, peer):
+    if unavailable_reason(peer) is not None:
+        pytest.skip(unavailable_reason(peer))
+    label(benchmark, suite="vit", case=case.shape, which=mode, peer=f"{peer}{how}")
     try:
-        measure(benchmark, device, shape, mode, peer, how)
+        rival, work = rival_of(case, mode, how), make_work(case, mode, peer, how)
+        median = race(benchmark, work, rival, MODES[mode], most=60)
+        if mode == "step" and how != ", graph":
+            benchmark.extra_info |= work.memory()
+            benchmark.extra_info["tuned"] = sum(p.numel() for p in work.parameters)
+        benchmark.extra_info["images_per_s"] = case.batch / median
     except torch.OutOfMemoryError as error:
         pytest.skip(f"out of memory: {error}")
-
-
-def measure(benchmark, device, shape, mode, peer, how):
-    other, case = reference(shape, mode, how), Case(shape, mode, peer)
-    case.check()
-    if mode == "step":
-        benchmark.extra_info |= case.memory()
-    pairs = []
-
-    def setup():
-        pairs.append([other.seconds()])
-        return ()
-
-    def run():
-        with annotate(f"{peer}/{mode}/{shape}"):
-            pairs[-1].append(case.seconds())
-
-    rounds, warmup_rounds = ROUNDS[device]
-    time_call(benchmark, device, setup, run, rounds, warmup_rounds)
-    benchmark.extra_info["ratio"] = interval([own / its for its, own in pairs[-rounds:]])
-    benchmark.extra_info["tuned"] = sum(p.numel() for p in case.parameters)
-    if benchmark.stats is not None:  # None where benchmarking is disabled
-        median = benchmark.stats.stats.median
-        benchmark.extra_info["images_per_s"] = len(case.images) / median

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under what conditions benchmarks run, and where: the latter goes into the JSON of every run."""
+"""Under what conditions benchmarks run, and what of a run is kept as JSON."""
 
 import ctypes
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import shapes
 import torch
 import torch._inductor.config
 
 from gated_prompt import ops
 
 
+def pytest_addoption(parser):
+    shapes.add_options(parser)
+    parser.addoption("--all-peers", action="store_true", help="all compiled rows, too")
+    parser.addoption("--threads", type=int, default=1, help="CPU threads; above 1, time is time")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """One CPU thread: with more, what is timed at these sizes is the wake-up of the others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch._inductor.config.patch("cpp.threads", 1):
-        yield
+def _threads(request):
+    """One CPU thread: with more, what is timed at small sizes is the wake-up of the others."""
+    before, threads = torch.get_num_threads(), request.config.getoption("threads")
     torch.set_num_threads(threads)
+    with torch._inductor.config.patch("cpp.threads", threads):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,27 +41,87 @@ def _keep_memory():
         ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
-def pytest_addoption(parser):
-    text = "whole models: more shapes, and on the CPU compiled rows"
-    parser.addoption("--all-shapes", action="store_true", help=text)
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["build"] = ops.build_info()
-    if torch.cuda.is_available():
-        query = "name,driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active"
-        machine_info["gpu"] = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-
-
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     if request.param == "cuda" and ops.cuda_unavailable_reason is not None:
         pytest.skip(ops.cuda_unavailable_reason)
     return request.param
+
+
+# ---- JSON ----
+
+DIGITS = {
+    "ratio": 4,
+    "over_us": 3,
+    "host_us": 2,
+    "gb_per_s": 2,
+    "tflop_per_s": 2,
+    "images_per_s": 2,
+}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Few of the figures, none of the raw data."""
+    machine, rows = output_json["machine_info"], output_json["benchmarks"]
+    output_json.clear()
+    build = ops.build_info()
+    output_json |= {
+        "command": "pytest " + shlex.join(_portable(config.invocation_params.args)),
+        "commit": _git("rev-parse", "HEAD") + "+" * bool(_git("status", "--porcelain")),
+        "cpu": machine["cpu"].get("brand_raw", machine["processor"]),
+        "threads": config.getoption("threads"),
+        "gpu": _gpu(),
+        "python": machine["python_version"],
+        "torch": torch.__version__,
+        "build": build | {"compiler": build["compiler"].split()[-1]},
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def _row(row):
+    stats, info = row["stats"], row["extra_info"]
+    times = {
+        "median_us": round(stats["median"] * 1e6, 3),
+        "quartiles_us": [round(stats[q] * 1e6, 3) for q in ("q1", "q3")],
+        "rounds": stats["rounds"],
+    }
+    names = ("suite", "case", "how", "which", "peer")
+    rest = {k: _rounded(v, DIGITS.get(k, 0)) for k, v in info.items() if k not in names}
+    return {name: info[name] for name in names if name in info} | times | rest
+
+
+def _rounded(value, digits):
+    if isinstance(value, list | tuple):
+        return [_rounded(v, digits) for v in value]
+    return value if isinstance(value, str) else round(value, digits or None)
+
+
+def _portable(arguments):
+    return [a for a in map(str, arguments) if not a.startswith("--benchmark-json")]
+
+
+def _git(*arguments):
+    root = Path(__file__).parent
+    run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def _gpu():
+    """Name, driver, clocks and power limit as nvidia-smi has them; None: no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    names = (
+        "name",
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "power.limit",
+        "clocks_throttle_reasons.active",
+    )
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    values = (
+        subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
+    )
+    return dict(zip(names, values, strict=True)) | {"cuda": torch.version.cuda}

@@ -116,7 +116,8 @@ def faults_of(name, k):
         )
 
 
-def main():
+def measure(sources=()):
+    """{kernel: registers, spills, stack, loads, stores, narrow}"""
     torch = backend.find_torch()
     toolkit = backend.find_toolkit(torch.cuda) if torch and torch.cuda else None
     if toolkit is None:
@@ -125,18 +126,23 @@ def main():
     if nvdisasm is None:
         sys.exit("kernel_resources: nvdisasm is neither in the toolkit nor in triton's wheel")
     kernels = {}
-    for source in map(Path, sys.argv[1:] or sorted((ROOT / "csrc").glob("*.cu"))):
+    for source in map(Path, sources or sorted((ROOT / "csrc").glob("*.cu"))):
         kernels |= compile_kernels(toolkit, nvdisasm, source)
     names = short_names(list(kernels))
+    return {names[mangled]: kernels[mangled] for mangled in sorted(kernels, key=names.get)}
+
+
+def main():
+    kernels = measure(sys.argv[1:])
     print(f"{'kernel (sm_90)':60} registers spills stack  LDG.128 needed  STG.128 needed")
     faults = []
-    for mangled, k in sorted(kernels.items(), key=lambda item: names[item[0]]):
-        loads, stores, _ = needed(names[mangled]) or ("", "", "")
+    for name, k in kernels.items():
+        loads, stores, _ = needed(name) or ("", "", "")
         print(
-            f"{names[mangled]:60} {k['registers']:9} {k['spills']:6} {k['stack']:5} "
+            f"{name:60} {k['registers']:9} {k['spills']:6} {k['stack']:5} "
             f"{k['loads']:8} {loads:>6} {k['stores']:8} {stores:>6}"
         )
-        faults += faults_of(names[mangled], k)
+        faults += faults_of(name, k)
     print(f"{len(kernels)} kernels, {len(faults)} faults")
     if faults:
         sys.exit("kernel_resources: " + "\n  ".join(["", *faults]).strip())

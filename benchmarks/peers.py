@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate as others write it: (h, x, gate, start, length, rule) -> sequence.
 
-gate is (logit,), or (weight, bias) of a linear gate.
+gate is (logit,), or (weight, bias) of a linear gate. h may be written; x is a sequence as h, or the
+prompt rows alone.
 """
+
+import functools
+import types
 
 import torch
 
@@ -33,10 +37,27 @@ def slice_assignment(h, x, gate, start, length, rule):
 
 
 def slice_scatter(h, x, gate, start, length, rule):
-    """Out of place, for compilers: compiled slice assignment gave wrong gate gradients."""
+    """Out of place, for compilers."""
     end = start + length
     new = update(h[:, start:end], x[:, start:end], gate, rule)
     return h.slice_scatter(new, 1, start, end)
+
+
+def where(h, x, gate, start, length, rule):
+    """Over the whole sequence, chosen by a mask of rows; for all gates but the full one."""
+    end, (_, num_tokens, _) = start + length, h.shape
+    mask = torch.arange(num_tokens, device=h.device)[:, None]
+    mask = (mask >= start) & (mask < end)
+    h_rows, x_rows = (torch.where(mask, t, 0) for t in (h, x))  # an inf elsewhere is no 0 * inf
+    if len(gate) == 1 and gate[0].dim() > 1 and gate[0].shape[-2] == length:
+        gate = [torch.nn.functional.pad(gate[0], (0, 0, start, num_tokens - end))]
+    return torch.where(mask, update(h_rows, x_rows, gate, rule), h)
+
+
+def triton(h, x, gate, start, length, rule):
+    import triton_gate
+
+    return triton_gate.gate_(h, x, gate[0], start, length, rule)
 
 
 def gated_prompt(h, x, gate, start, length, rule):
@@ -44,25 +65,36 @@ def gated_prompt(h, x, gate, start, length, rule):
     return op(h, x, *gate, start, length, rule)
 
 
-def gated_prompt_carrier(h, x, gate, start, length, rule):
-    """x is the prompt rows alone; their gradient comes back as compact as that."""
+def gated_prompt_carrier(h, x, gate, start, length, rule, carrier):
+    """The gradient of x goes to a carrier, as compact as the prompt rows: (sequence, carrier)."""
     op = gp.prompt_gate_ if len(gate) == 1 else gp.prompt_gate_linear_
-    return op(h, x, *gate, start, length, rule, carrier=x)[0]
+    return op(h, x, *gate, start, length, rule, carrier=carrier)
 
 
-PEERS = {  # name: (function, whether torch.compile comes first)
-    "gated_prompt": (gated_prompt, False),
-    "gated_prompt, carrier": (gated_prompt_carrier, False),
-    "original": (original, False),
-    "slice assignment": (slice_assignment, False),
-    "original, compiled": (original, True),
-    "slice_scatter, compiled": (slice_scatter, True),
+COMPILED = {", compiled": "default", ", max-autotune": "max-autotune-no-cudagraphs"}
+PEERS = {  # name: (function, torch.compile's mode)
+    "gated_prompt": (gated_prompt, None),
+    "gated_prompt, carrier": (gated_prompt_carrier, None),
+    "triton": (triton, None),
+    "original": (original, None),
+    "slice assignment": (slice_assignment, None),
+    "slice_scatter": (slice_scatter, None),
+    "where": (where, None),
+    **{
+        f"{form.__name__.replace('slice_a', 'slice a')}{how}": (form, mode)
+        for how, mode in COMPILED.items()
+        for form in (original, slice_assignment, slice_scatter, where, gated_prompt)
+    },
 }
 
 
-def make_peer(name):
-    function, is_compiled = PEERS[name]
-    if not is_compiled:
+def compiled(function, mode):
+    """torch.compile of a function of its own: other shapes leave nothing to guard against."""
+    if mode is None:
         return function
-    torch._dynamo.reset()  # each shape for itself: no guard, no recompilation is timed
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    if isinstance(function, types.FunctionType):
+        code, names = function.__code__.replace(), function.__globals__
+        function = functools.wraps(function)(
+            types.FunctionType(code, names, function.__name__, None, function.__closure__)
+        )
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models around a frozen timm ViT, gated_prompt's beside those that others would write.
 
-    python benchmarks/vit_peers.py      # bytes that wait for backward, ViT-B/16
-
 `make` gives a peer by its name: images [B, 3, H, W] -> logits [B, classes], where only what is
 tuned requires grad. All peers have the same backbone weights, head, prompts, gates and
 temperatures, none has dropout, and the head of all reads the normed class token. `check` must pass
@@ -10,17 +8,12 @@ before a peer is timed.
 """
 
 import functools
-import gc
 import importlib.util
-import statistics
 
 import timm
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gated_prompt as gp
 
@@ -53,6 +46,36 @@ class Linear(nn.Module):
     def tuned(self):
         """What is tuned, by the names of gp's `param_groups`."""
         return {"head": list(self.head.parameters())}
+
+
+class CachedLinear(Linear):
+    """The head on features that were computed once, before."""
+
+    def __init__(self, vit):
+        super().__init__(vit)
+        self.features = {}
+
+    def forward(self, images):
+        key = images.data_ptr(), len(images)
+        if key not in self.features:
+            with torch.no_grad():
+                self.features[key] = self.vit.norm(self.blocks(self.embed(images))[:, 0])
+        return self.head(self.features[key])
+
+
+class Full(Linear):
+    """Everything tuned."""
+
+    def __init__(self, vit):
+        super().__init__(vit)
+        vit.reset_classifier(0)
+        vit.requires_grad_(True)
+
+    def forward(self, images):
+        return self.head(self.vit.norm(self.blocks(self.embed(images))[:, 0]))
+
+    def tuned(self):
+        return {"backbone": list(self.vit.parameters()), **super().tuned()}
 
 
 class Lora(Linear):
@@ -169,6 +192,9 @@ PEERS = {  # name: (function of a timm ViT and P, the peer that it must equal)
     "lora": (lambda vit, num_prompts: Lora(vit), "linear"),  # LoRA starts from no change
     "linear": (lambda vit, num_prompts: Linear(vit), "gated_prompt linear"),
     "gated_prompt linear": (wrapped("linear"), "linear"),
+    "linear, cached features": (lambda vit, num_prompts: CachedLinear(vit), "linear"),
+    "full": (lambda vit, num_prompts: Full(vit), "gated_prompt full"),
+    "gated_prompt full": (wrapped("full"), "full"),
 }
 
 
@@ -262,103 +288,3 @@ def check(name, device="cpu"):
         assert value.abs().max() > 1e-6, f"{name}: {group} of zero tells nothing"
     for group, error in errors(got, wanted).items():
         assert error < 1e-9, f"{name}: {group} differ from those of {other} by {error:.3g}"
-
-
-# ---- what waits for backward ----
-
-
-class _Births(TorchDispatchMode):
-    """Notes each storage that an op makes, and in which block that was."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = -1
-        self.storages = {}  # address: (weak reference, block, bytes); None: not made here
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):  # seen first as an input: was there before
-            self.storages.setdefault(tensor.untyped_storage()._cdata, None)
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.storages:  # a weak reference keeps the address taken
-                entry = StorageWeakRef(storage), self.block, storage.nbytes()
-                self.storages[storage._cdata] = entry
-        return out
-
-    def alive(self):
-        """[(block, bytes)] of the storages that are still there."""
-        entries = filter(None, self.storages.values())
-        return [(block, count) for weak, block, count in entries if not weak.expired()]
-
-
-def _tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def saved_bytes(model, images):
-    """(total, [bytes of each block]): activations alive between forward and backward.
-
-    That is every storage which an op made in forward, whatever keeps it (autograd's saved tensors,
-    a checkpoint's closure, a context), counted once and whole, and still there when all that the
-    caller holds is the sum of the logits, which is not counted. Parameters, buffers, images and
-    what else was there before are not; casts and other copies of weights made on the way are. A
-    block's bytes are those made from its norm1 to the next block's. For eager models on any device;
-    not under FakeTensorMode, where gated_prompt takes the path that compilers trace. The state of a
-    random generator that torch.utils.checkpoint keeps (5 kB a block on the CPU) is not seen.
-    """
-    blocks = (getattr(model, "vit", None) or model.backbone).blocks
-    births = _Births()
-
-    def enter(index):
-        return lambda *_: setattr(births, "block", index)
-
-    hooks = [b.norm1.register_forward_pre_hook(enter(i)) for i, b in enumerate(blocks)]
-    try:
-        with births:
-            held = model(images).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    per_block = [0] * len(blocks)
-    total = -held.untyped_storage().nbytes()
-    for index, count in births.alive():
-        total += count
-        if index >= 0:
-            per_block[index] += count
-    return total, per_block
-
-
-def allocated_bytes(model, images):
-    """As saved_bytes, by other means: what the allocator of the device gave in forward and has not
-    got back. For compiled models, too."""
-    gc.collect()
-    if images.is_cuda:
-        before = torch.cuda.memory_allocated()
-        held = model(images).sum()
-        gc.collect()
-        return torch.cuda.memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        held = model(images).sum()
-        gc.collect()
-    del held
-    return sum(event.self_cpu_memory_usage for event in profile.events())
-
-
-def table(batch=2):
-    """Prints saved_bytes of ViT-B/16 with 50 prompts in float32, and ratios to the first row."""
-    for size in (224, 384):
-        print(f"ViT-B/16, {size} px, P=50, B={batch}: MB an image, MB of a block's image, ratio")
-        images, first = torch.randn(batch, 3, size, size), None
-        for name in PEERS:
-            if unavailable_reason(name) is not None:
-                continue
-            total, per_block = saved_bytes(make(name, img_size=size).train(), images)
-            first = first or total
-            block = statistics.median(per_block)
-            columns = (f"{count / batch / 1e6:8.2f}" for count in (total, block))
-            print(f"  {name:38}", *columns, f"{total / first:8.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    table()

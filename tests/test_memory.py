@@ -13,7 +13,8 @@ timm_or_skip()
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import vit_peers
-from vit_peers import allocated_bytes, check, saved_bytes
+from counts import allocated_bytes, saved_bytes
+from vit_peers import check
 
 import gated_prompt as gp
 

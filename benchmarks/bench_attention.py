@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with a learnable temperature beside attention without, on every backend.
+
+    pytest benchmarks/bench_attention.py --benchmark-only [flags of shapes.py]
+
+what: "kernel", q, k, v [B, N, H, d] -> [B, N, H, d]; "layer", timm's frozen Attention, x [B, N, D]
+-> [B, N, D], whose projections are GEMMs. ratio is to torch's SDPA without a temperature, or timm's
+layer on it. tflop_per_s counts the products alone. A backend that can't run skips, and says why.
+"""
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from harness import PASSES, Work, assert_near, check, label, race, timed_here
+from peers import COMPILED, compiled
+from shapes import MODELS, chosen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from vit_peers import attention
+
+from gated_prompt.attention import TemperedAttention, tempered_attention, unavailable_reason
+
+pytestmark = timed_here
+
+
+def sdpa(q, k, v, backend=None):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def explicit(q, k, v, tau=1.0):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 / tau).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def xformers(q, k, v):
+    import xformers.ops
+
+    return xformers.ops.memory_efficient_attention(q, k, v)
+
+
+def gated_prompt(backend):
+    return functools.partial(tempered_attention, backend=backend)
+
+
+KERNELS = {  # name: (function of q, k, v and tau, whether it has the temperature)
+    "sdpa": (sdpa, False),
+    "sdpa flash": (functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), False),
+    "sdpa efficient": (functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION), False),
+    "sdpa cudnn": (functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), False),
+    "xformers": (xformers, False),
+    "original": (explicit, True),
+    "gated_prompt sdpa": (gated_prompt("sdpa"), True),
+    "gated_prompt xformers": (gated_prompt("xformers"), True),
+}
+
+
+class Kernel(Work):
+    """q, k, v -> attention."""
+
+    flop_backward = 2.5  # of forward's
+
+    def __init__(self, case, peer):
+        super().__init__(case, peer)
+        batch, num_tokens, dim = case.size
+        size = (batch, num_tokens, 3, MODELS[case.model][2], -1)
+        packed = self.randn(batch, num_tokens, 3 * dim).view(size)  # as a projection gives them
+        self.function, has_tau = KERNELS[peer]
+        self.leaves = [t.detach().requires_grad_() for t in packed.unbind(2)]
+        if has_tau:
+            self.leaves.append(torch.tensor(1.2, device=self.device, requires_grad=True))
+        self.gradient = self.randn(batch, num_tokens, dim).view_as(self.leaves[0])
+        self.flop = 4 * batch * num_tokens**2 * dim
+
+    def forward(self):
+        self.result = self.function(*self.leaves)
+
+    def backward(self):
+        self.gradients = torch.autograd.grad(self.result, self.leaves, self.gradient)
+
+    def verify(self):
+        found = []
+        for dtype in (self.case.torch_dtype, torch.float64):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in self.leaves]
+            result = self.plain(*leaves)
+            gradients = torch.autograd.grad(result, leaves, self.gradient.to(dtype))
+            found.append([result, result, *gradients])
+        for group in zip([self.inferred, self.result, *self.gradients], *found, strict=True):
+            assert_near(*group)
+
+    def plain(self, *leaves):
+        return explicit(*leaves)
+
+
+class Layer(Kernel):
+    """x -> timm's Attention, frozen."""
+
+    def __init__(self, case, peer):
+        Work.__init__(self, case, peer)
+        batch, num_tokens, dim = case.size
+        torch.manual_seed(0)
+        attn = timm.layers.Attention(dim, MODELS[case.model][2], qkv_bias=True)
+        self.attn = attn.to(self.device, case.torch_dtype).requires_grad_(False).eval()
+        self.leaves = [self.randn(*case.size).requires_grad_()]
+        peer, _, how = peer.partition(",")
+        if peer == "timm":
+            function = self.attn
+        elif peer == "original":
+            self.leaves.append(torch.tensor([1.2], device=self.device, requires_grad=True))
+            function = functools.partial(attention, self.attn)
+        else:
+            backend = peer.split()[1]
+            function = TemperedAttention(self.attn, 1.2, learnable=True, backend=backend)
+            self.leaves.append(function.temperature)
+        self.function = compiled(function, COMPILED.get(f",{how}"))
+        self.takes_tau = peer == "original"
+        self.gradient = self.randn(*case.size)
+        self.flop = 4 * batch * num_tokens**2 * dim + 8 * batch * num_tokens * dim**2
+        # of the frozen projections: the gradient of x alone
+        backward = 10 * batch * num_tokens**2 * dim + 8 * batch * num_tokens * dim**2
+        self.flop_backward = backward / self.flop
+
+    def forward(self):
+        self.result = self.function(*self.leaves[: 1 + self.takes_tau])
+
+    def plain(self, x, tau=1.0):
+        attn = copy.deepcopy(self.attn).to(x.dtype)
+        return attention(attn, x, torch.as_tensor(tau, dtype=x.dtype, device=x.device))
+
+
+WORKS = {"kernel": Kernel, "layer": Layer}
+ROWS = [
+    *(("kernel", peer) for peer in KERNELS),
+    *(
+        ("layer", peer)
+        for peer in ("timm", "original", "gated_prompt sdpa", "gated_prompt xformers")
+    ),
+    *(("layer", f"{peer}, compiled") for peer in ("timm", "original", "gated_prompt sdpa")),
+]
+RIVALS = {"kernel": "sdpa", "layer": "timm"}
+
+
+def pytest_generate_tests(metafunc):
+    rows = [
+        (case.device, case, what, peer)
+        for case in chosen(metafunc.config, "attention")
+        for what, peer in ROWS
+    ]
+    metafunc.parametrize(("device", "case", "what", "peer"), rows, indirect=["device"], ids=str)
+
+
+@functools.lru_cache(maxsize=2)
+def make(case, what, peer):
+    return WORKS[what](case, peer)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_attention(benchmark, device, case, what, peer, which):
+    label(benchmark, suite="attention", case=case.shape, how=what, which=which, peer=peer)
+    if "xformers" in peer and unavailable_reason("xformers"):
+        pytest.skip(unavailable_reason("xformers"))
+    rival = RIVALS[what] + ", compiled" * peer.endswith(", compiled")
+    rival, work = make(case, what, rival), make(case, what, peer)
+    try:
+        check(work)
+    except RuntimeError as error:  # what torch says of a backend that it lacks here
+        pytest.skip(f"{peer}: {str(error).splitlines()[0]}")
+    median = race(benchmark, work, rival, which)
+    parts = {"forward": 1, "backward": work.flop_backward}
+    parts["forward+backward"] = 1 + work.flop_backward
+    benchmark.extra_info["tflop_per_s"] = work.flop * parts[which] / median / 1e12

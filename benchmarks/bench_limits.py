@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do: a large copy, a large GEMM, and the cost of a call.
+
+    pytest benchmarks/bench_limits.py --benchmark-only [--dtypes ...]
+
+gb_per_s counts what is read and what is written; tflop_per_s 2 for a multiply-add. "call" is an op
+on one element: what every op costs at least, and on CUDA host_us what it costs the host.
+"""
+
+import pytest
+import torch
+from harness import Work, label, race, timed_here
+from shapes import chosen
+
+pytestmark = timed_here
+
+
+class Copy(Work):
+    def __init__(self, case, what):
+        super().__init__(case, what)
+        self.size = {"cpu": 2**28, "cuda": 2**30}[case.device]  # bytes
+        self.source = torch.ones(self.size, dtype=torch.uint8, device=case.device)
+        self.target = torch.zeros_like(self.source)
+
+    def forward(self):
+        self.result = self.target.copy_(self.source)
+
+    def backward(self):
+        pass
+
+    def verify(self):
+        assert torch.equal(self.result, self.source)
+
+    def rate(self, seconds):
+        return {"gb_per_s": 2 * self.size / seconds / 1e9}
+
+
+class Gemm(Copy):
+    def __init__(self, case, what):
+        Work.__init__(self, case, what)
+        self.n = {"cpu": 1024, "cuda": 8192}[case.device]
+        self.a, self.b = self.randn(self.n, self.n), self.randn(self.n, self.n)
+
+    def forward(self):
+        self.result = self.a @ self.b
+
+    def verify(self):
+        wanted = self.a[:8].double() @ self.b.double()
+        error = (self.result[:8].double() - wanted).norm() / wanted.norm()
+        assert error < 8 * torch.finfo(self.a.dtype).eps
+
+    def rate(self, seconds):
+        return {"tflop_per_s": 2 * self.n**3 / seconds / 1e12}
+
+
+class Call(Copy):
+    calls = 100
+
+    def __init__(self, case, what):
+        Work.__init__(self, case, what)
+        self.x = torch.zeros((), device=case.device)
+
+    def prepare(self):
+        self.x.zero_()
+
+    def forward(self):
+        for _ in range(self.calls):
+            self.result = self.x.add_(1)
+
+    def verify(self):
+        assert self.result == self.calls
+
+    def rate(self, seconds):
+        return {}
+
+
+WORKS = {"copy": Copy, "GEMM": Gemm, "call": Call}
+
+
+def pytest_generate_tests(metafunc):
+    cases = [(c.device, c) for c in chosen(metafunc.config, "limits")]
+    metafunc.parametrize(("device", "case"), cases, indirect=["device"], ids=str)
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_limit(benchmark, device, case, what):
+    label(benchmark, suite="limits", case=case.dtype, peer=what)
+    work = WORKS[what](case, what)
+    benchmark.extra_info |= work.rate(race(benchmark, work, work, "forward"))

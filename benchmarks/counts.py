@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs, counted and not timed: ops, FLOPs, bytes moved, bytes that wait for backward.
+
+    python benchmarks/counts.py docs/counts.md      # rewrites the tables there
+
+A dispatch mode looks at each op of a step of vit_peers' models on the meta device, where nothing is
+computed: exact, the same everywhere, no GPU needed. The models are in bfloat16 as a whole; SDPA is
+the flash kernel, as on a GPU; gradients are re-used by our gates, as they are in training.
+"""
+
+import gc
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from shapes import MODELS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from gated_prompt import ops
+
+# ---- what waits for backward ----
+
+
+class _Births(TorchDispatchMode):
+    """Notes each storage that an op makes, and in which block that was."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = -1
+        self.storages = {}  # address: (weak reference, block, bytes); None: not made here
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in _tensors((args, kwargs)):  # seen first as an input: was there before
+            self.storages.setdefault(tensor.untyped_storage()._cdata, None)
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.storages:  # a weak reference keeps the address taken
+                entry = StorageWeakRef(storage), self.block, storage.nbytes()
+                self.storages[storage._cdata] = entry
+        return out
+
+    def alive(self):
+        """[(block, bytes)] of the storages that are still there."""
+        entries = filter(None, self.storages.values())
+        return [(block, count) for weak, block, count in entries if not weak.expired()]
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def saved_bytes(model, images):
+    """(total, [bytes of each block]): activations alive between forward and backward.
+
+    That is every storage which an op made in forward, whatever keeps it (autograd's saved tensors,
+    a checkpoint's closure, a context), counted once and whole, and still there when all that the
+    caller holds is the sum of the logits, which is not counted. Parameters, buffers, images and
+    what else was there before are not; casts and other copies of weights made on the way are. A
+    block's bytes are those made from its norm1 to the next block's. For eager models on any device;
+    not under FakeTensorMode, where gated_prompt takes the path that compilers trace. The state of a
+    random generator that torch.utils.checkpoint keeps (5 kB a block on the CPU) is not seen.
+    """
+    blocks = (getattr(model, "vit", None) or model.backbone).blocks
+    births = _Births()
+
+    def enter(index):
+        return lambda *_: setattr(births, "block", index)
+
+    hooks = [b.norm1.register_forward_pre_hook(enter(i)) for i, b in enumerate(blocks)]
+    try:
+        with births:
+            held = model(images).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    per_block = [0] * len(blocks)
+    total = -held.untyped_storage().nbytes()
+    for index, count in births.alive():
+        total += count
+        if index >= 0:
+            per_block[index] += count
+    return total, per_block
+
+
+def allocated_bytes(model, images):
+    """As saved_bytes, by other means: what the allocator of the device gave in forward and has not
+    got back. For compiled models, too."""
+    gc.collect()
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        held = model(images).sum()
+        gc.collect()
+        return torch.cuda.memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        held = model(images).sum()
+        gc.collect()
+    del held
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+# ---- ops, FLOPs, traffic ----
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the ops that are kernels, and the bytes that they read and write.
+
+    Each op reads its inputs and writes its outputs, once and whole; a view moves nothing, and of an
+    expanded tensor each element is read once. Our gates read and write what launch_plan says.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        if func.namespace == "gated_prompt" and "prompt_gate" in func.__name__:
+            moved = _gate_bytes(func, args)
+        elif "empty" in func.__name__ or (
+            not func._schema.is_mutable and _aliases(inputs, outputs)
+        ):
+            return out
+        else:
+            moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+        self.kernels += 1
+        self.bytes += moved
+        return out
+
+
+def _aliases(inputs, outputs):
+    """Whether all outputs are views of inputs."""
+    storages = {t.untyped_storage()._cdata for t in inputs}
+    return all(t.untyped_storage()._cdata in storages for t in outputs)
+
+
+def _bytes(tensor):
+    """Of the distinct elements."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * math.prod(size for size, stride in sizes if stride != 0)
+
+
+def _gate_bytes(func, args):
+    batch, num_tokens, dim = args[0].shape
+    backward = "bwd" in func.__name__
+    length, saves = (args[5], True) if backward else (args[4], args[6])
+    plan = ops.launch_plan(
+        batch=batch, num_tokens=num_tokens, dim=dim, length=length, backward=backward, save=saves,
+        dtype=str(args[0].dtype).removeprefix("torch."), gate="scalar",
+    )  # fmt: skip
+    return plan["bytes_moved"]
+
+
+def _addmm_flop(self, a, b, *args, **kwargs):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _flash(q, k, v, *args, **kwargs):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+CASES = (  # model, pixels, P; 64 images each
+    ("ViT-S/16", 224, 50),
+    ("ViT-B/16", 224, 50),
+    ("ViT-B/16", 224, 200),
+    ("ViT-B/16", 384, 50),
+    ("ViT-L/16", 384, 50),
+    ("ViT-H/14", 224, 50),
+)
+ROWS = (
+    "original",
+    "vpt-shallow",
+    "vpt-deep",
+    "gated_prompt",
+    "gated_prompt, all rows",
+    "gated_prompt, memory low",
+)
+
+
+def count(name, arch, pixels, prompts, batch, **vit_options):
+    """{"kernels", "flop", "bytes", "saved_bytes"} of a training step of a peer, in bfloat16."""
+    from vit_peers import make, tuned
+
+    model = (
+        make(name, arch, prompts, img_size=pixels, **vit_options).to("meta", torch.bfloat16).train()
+    )
+    images = torch.empty(batch, 3, pixels, pixels, device="meta", dtype=torch.bfloat16)
+    labels = torch.empty(batch, device="meta", dtype=torch.long)
+    parameters = [p for group in tuned(model).values() for p in group]
+    flop = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop})
+    traffic = _Traffic()
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _flash),
+        mock.patch.object(ops, "_is_reusable", return_value=True),
+    ):
+        saved = saved_bytes(model, images)[0]
+        with flop, traffic:
+            loss = F.cross_entropy(model(images), labels)
+            torch.autograd.grad(loss, parameters)
+    return {
+        "kernels": traffic.kernels,
+        "flop": flop.get_total_flops(),
+        "bytes": traffic.bytes,
+        "saved_bytes": saved,
+    }
+
+
+def table(case, batch=64):
+    """Markdown: a row for each of ROWS."""
+    model, pixels, prompts = case
+    lines = [
+        f"### {model}, {pixels} px, P = {prompts}, B = {batch}\n",
+        "| | kernels | TFLOP | GB moved | GB kept | of the original's |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    first = None
+    for name in ROWS:
+        found = count(name, MODELS[model][0], pixels, prompts, batch)
+        first = first or found["saved_bytes"]
+        tflop, moved, saved = found["flop"] / 1e12, found["bytes"] / 1e9, found["saved_bytes"] / 1e9
+        lines.append(
+            f"| {name} | {found['kernels']} | {tflop:.2f} | {moved:.1f} | {saved:.2f} | "
+            f"{found['saved_bytes'] / first:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    prose = page.read_text().split("### ")[0]
+    page.write_text(prose + "\n".join(table(case) for case in CASES))

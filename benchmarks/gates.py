@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A gate as a work of harness.py: alone, and in the chain of blocks where it is used."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from harness import Work, assert_near
+from peers import COMPILED, PEERS, compiled, gated_prompt_carrier
+from shapes import GATES
+
+from gated_prompt import ops, reference
+
+BLOCKS = {"cpu": 4, "cuda": 12}  # of a chain
+
+
+def bytes_moved(case):
+    """What the gate must move in each of harness.PASSES; a peer that moves more is not credited."""
+    batch, num_tokens, dim = case.size
+    size = {"batch": batch, "num_tokens": num_tokens, "dim": dim, "length": case.prompts}
+    size |= {"dtype": case.dtype, "gate": case.gate}
+    forward, training, backward = (
+        ops.launch_plan(**size, **how)["bytes_moved"]
+        for how in ({"save": False}, {"save": True}, {"backward": True})
+    )
+    return {"forward": forward, "backward": backward, "forward+backward": training + backward}
+
+
+def calls_of(case):
+    """How many buffers to go through: on CUDA until four times the L2 were touched, if 256 do."""
+    if case.device == "cpu":
+        return 1  # h has just been written, as after a block
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(256, 4 * l2 // bytes_moved(case)["forward"] + 1)
+
+
+class Seed(torch.autograd.Function):
+    """Hands a gradient to the backward of `out` that is nobody else's, as the next block's is."""
+
+    @staticmethod
+    def forward(ctx, out, gradient):
+        ctx.gradient = gradient
+        return out.new_empty(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.gradient.pop(), None
+
+
+class GateWork(Work):
+    def gate(self):
+        batch, _, dim = self.case.size
+        shapes = GATES[self.case.gate](batch, self.case.prompts, dim)
+        parameters = [self.randn(*shape, dtype=torch.float32) for shape in shapes]
+        if len(parameters) == 2:
+            parameters[0] /= dim**0.5  # logits of about 1
+        return [parameter.requires_grad_() for parameter in parameters]
+
+
+class Alone(GateWork):
+    """`calls` gates, each on buffers of its own."""
+
+    def __init__(self, case, peer):
+        super().__init__(case, peer)
+        function, mode = PEERS[peer]
+        start, length, rule = case.start, case.prompts, case.rule
+        if function is gated_prompt_carrier:
+            # x is the prompt rows alone; their gradient comes back as compact as that
+            def function(h, x, gate, start, length, rule):
+                return gated_prompt_carrier(h, x, gate, start, length, rule, carrier=x)[0]
+
+        function = compiled(function, mode)
+        self.run = lambda h, x: function(h, x, self.parameters, start, length, rule)
+        self.calls = calls_of(case)
+        self.parameters = self.gate()
+        self.h = self.randn(*case.size).requires_grad_()
+        xs = [self.randn(*case.size) for _ in range(self.calls)]
+        # along h - x, so that the sums over it do not cancel: an error in them can be told
+        self.gradient = self.randn(*case.size) + self.h.detach() - xs[-1]
+        if "carrier" in peer:
+            xs = (x[:, start : start + length].clone() for x in xs)
+        self.xs = [x.requires_grad_() for x in xs]
+
+    def prepare(self):
+        self.fresh = [self.h.clone() for _ in self.xs]  # not leaves, as block outputs are not
+        self.seeds = [[self.gradient.clone()] for _ in self.xs]
+
+    def forward(self):
+        self.outs = [self.run(h, x) for h, x in zip(self.fresh, self.xs, strict=True)]
+        self.result = self.outs[-1]
+
+    def backward(self):
+        for out, x, seed in zip(self.outs, self.xs, self.seeds, strict=True):
+            leaves = (self.h, x, *self.parameters)
+            self.gradients = torch.autograd.grad(Seed.apply(out, seed), leaves)
+
+    def verify(self):
+        """Of the last call, within the rounding of the dtype."""
+        leaves = (self.h, self.xs[-1], *self.parameters)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        oracle = reference.prompt_gate if len(exact) == 3 else reference.prompt_gate_linear
+        wanted = oracle(*exact, self.case.start, self.case.prompts, self.case.rule)
+        eps = torch.finfo(self.case.torch_dtype).eps
+        for got in (self.inferred, self.result):
+            torch.testing.assert_close(got.double(), wanted, rtol=4 * eps, atol=8 * eps)
+        gradients = torch.autograd.grad(wanted, exact, self.gradient.double())
+        for got, gradient in zip(self.gradients, gradients, strict=True):
+            error = (got.double() - gradient).norm() / gradient.norm()
+            assert error < max(8 * eps, 1e-5), f"relative error {error:.3g}"
+
+
+class Copy(Work):
+    """The limit: a copy on the device of as many bytes as the gate must move."""
+
+    def __init__(self, case, peer="device copy"):
+        super().__init__(case, peer)
+        self.calls, moved = calls_of(case), bytes_moved(case)
+        self.sizes = [
+            moved["forward"] // 2,
+            (moved["forward+backward"] - moved["backward"]) // 2,
+            moved["backward"] // 2,
+        ]
+        size = (self.calls, max(self.sizes))
+        self.source = torch.randint(0, 256, size, generator=self.generator, dtype=torch.uint8)
+        self.source = self.source.to(self.device)
+        self.target = torch.zeros_like(self.source)
+
+    def copy(self, size):
+        for source, target in zip(self.source, self.target, strict=True):
+            target[:size].copy_(source[:size])
+
+    def infer(self):
+        self.copy(self.sizes[0])
+
+    def forward(self):
+        self.copy(self.sizes[1])
+
+    def backward(self):
+        self.copy(self.sizes[2])
+
+    def verify(self):
+        assert torch.equal(self.target, self.source)
+
+
+class Gemms(GateWork):
+    """The limit of a linear gate: its GEMMs, one with a bias forward, two backward."""
+
+    def __init__(self, case, peer="bare GEMMs"):
+        super().__init__(case, peer)
+        self.calls = calls_of(case)
+        self.weight, self.bias = (t.detach().to(case.torch_dtype) for t in self.gate())
+        batch, _, dim = case.size
+        rows = batch * case.prompts
+        self.hs = [self.randn(rows, dim) for _ in range(self.calls)]
+        self.gradients = [self.randn(rows, len(self.weight)) for _ in range(self.calls)]
+
+    def forward(self):
+        for h in self.hs:
+            self.result = F.linear(h, self.weight, self.bias)
+
+    def backward(self):
+        for h, gradient in zip(self.hs, self.gradients, strict=True):
+            self.of_h, self.of_weight = gradient @ self.weight, gradient.T @ h
+
+    def verify(self):
+        h, gradient, weight = (t.double() for t in (self.hs[-1], self.gradients[-1], self.weight))
+        wanted = (h @ weight.T + self.bias.double(), gradient @ weight, gradient.T @ h)
+        for got, exact in zip((self.result, self.of_h, self.of_weight), wanted, strict=True):
+            error = (got.double() - exact).norm() / exact.norm()
+            assert error < 8 * torch.finfo(self.case.torch_dtype).eps, f"error {error:.3g}"
+
+
+class Chain(GateWork):
+    """Prompts put into a sequence, then blocks x + layer_norm(x), which is what a gate has around
+    it in a ViT, with a gate behind each.
+
+    A call is a block with its gate. The peer "no gate" has none: what another takes over it is the
+    cost of its gate.
+    """
+
+    def __init__(self, case, peer):
+        super().__init__(case, peer)
+        self.calls = BLOCKS[case.device]
+        self.sequence, self.gradient = self.randn(*case.size), self.randn(*case.size)
+        prompts = self.sequence[:, case.start : case.start + case.prompts].clone()
+        gates = [self.gate() for _ in range(self.calls)]
+        self.leaves = [prompts.requires_grad_(), *(p for gate in gates for p in gate)]
+        function, mode = PEERS[peer] if peer in PEERS else (None, COMPILED.get(peer[7:]))
+        if function is None:
+            self.leaves = self.leaves[:1]
+        self.run = compiled(self.through(function), mode)
+
+    def through(self, function):
+        start, length, rule = self.case.start, self.case.prompts, self.case.rule
+        per_gate = len(GATES[self.case.gate](1, 1, 1))
+
+        def chain(sequence, prompts, *parameters):
+            before, _, after = sequence.tensor_split((start, start + length), dim=1)
+            x, carrier = torch.cat([before, prompts, after], dim=1), prompts
+            for i in range(self.calls):
+                h = x + F.layer_norm(x, x.shape[-1:])
+                gate = parameters[i * per_gate : (i + 1) * per_gate]
+                if function is None:
+                    x = h
+                elif function is gated_prompt_carrier:
+                    x, carrier = function(h, x, gate, start, length, rule, carrier)
+                else:
+                    x = function(h, x, gate, start, length, rule)
+            return x
+
+        return chain
+
+    def prepare(self):
+        self.seed = [self.gradient.clone()]
+
+    def forward(self):
+        self.result = self.run(self.sequence, *self.leaves)
+
+    def backward(self):
+        self.gradients = torch.autograd.grad(Seed.apply(self.result, self.seed), self.leaves)
+
+    def verify(self):
+        """At most twice as far from float64 as the original in eager mode."""
+        groups = [self.inferred, self.result, self.gradients[0], _joined(self.gradients[1:])]
+        for got, near, exact in zip(groups, *self.wanted, strict=True):
+            if exact is not None:
+                assert_near(got, near, exact)
+
+    @functools.cached_property
+    def wanted(self):
+        """Results of the original, in the dtype and in float64."""
+        original = self.through(PEERS["original"][0] if len(self.leaves) > 1 else None)
+        found = []
+        for dtype in (self.case.torch_dtype, torch.float64):
+            wide = torch.promote_types(dtype, torch.float32)
+            leaves = [t.detach().to(wide if i else dtype) for i, t in enumerate(self.leaves)]
+            leaves = [t.requires_grad_() for t in leaves]
+            result = original(self.sequence.to(dtype), *leaves)
+            gradients = torch.autograd.grad(result, leaves, self.gradient.to(dtype))
+            result = result.detach()
+            found.append([result, result, gradients[0], _joined(gradients[1:])])
+        return found
+
+
+def _joined(gradients):
+    return torch.cat([g.flatten() for g in gradients]) if gradients else None

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions of a gate on the CPU, counted by callgrind: ours, and its peers'.
+
+    python benchmarks/instructions.py           # {case: {peer: {pass: instructions}}} as JSON
+
+Runs itself under valgrind; a call is counted after others have warmed it up. Counts are of one
+call, Python and autograd included, on one thread. Valgrind has no AVX-512, so kernels, ours and
+PyTorch's, are the AVX2 ones; counts hold for a build by one compiler for one torch.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PEERS = ("gated_prompt", "gated_prompt, carrier", "original", "slice assignment")
+PASSES = ("forward", "backward", "forward+backward")
+
+
+def cases():
+    from shapes import Case
+
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        found.append(Case("cpu", 8, dtype=dtype))
+        for gate, rule in (("channel", "mix"), ("token", "residual"), ("full", "residual")):
+            found.append(Case("cpu", 2, gate=gate, rule=rule, dtype=dtype))
+        found.append(Case("cpu", 2, gate="linear-token", rule="residual", dtype=dtype))
+    found.append(Case("cpu", 1, pixels=16, prompts=1))  # next to nothing but the call itself
+    return found
+
+
+def count():
+    """Under valgrind: dumps the counts of each pass of each work, in order, each under its name."""
+    import torch
+    from gates import Alone
+
+    torch.set_num_threads(1)
+    for case in cases():
+        for peer in PEERS:
+            work = Alone(case, peer)
+            for which in PASSES:
+                for counted in (False, False, True):
+                    work.prepare()
+                    run(work, which, counted)
+                print(json.dumps([str(case), peer, which]), flush=True)
+
+
+def run(work, which, counted):
+    import torch
+
+    toggle = torch._C._valgrind_toggle if counted else lambda: None
+    dump = torch._C._valgrind_toggle_and_dump_stats if counted else lambda: None
+    if which == "backward":
+        work.forward()
+    toggle()
+    if which == "forward":
+        work.infer()
+    if which == "forward+backward":
+        work.forward()
+    if which != "forward":
+        work.backward()
+    dump()
+
+
+def collect():
+    """{case: {peer: {pass: instructions}}}"""
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder, "callgrind.out")
+        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--trace-children=no"]
+        command += [f"--callgrind-out-file={prefix}", sys.executable, __file__, "--count"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            sys.exit(f"instructions: valgrind ended with {done.returncode}")
+        names = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+        counts = {}
+        for index, (case, peer, which) in enumerate(names, start=1):
+            text = Path(f"{prefix}.{index}").read_text()
+            found = int(re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)[1])
+            counts.setdefault(case, {}).setdefault(peer, {})[which] = found
+    return counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--count"]:
+        count()
+    else:
+        print(json.dumps(collect(), indent=1))

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of benchmarks/README.md, from what runs have left in results/.
+
+    make report
+
+The page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
+function NAME of TABLES makes of the results, and plots go beside the results, as PNG. Where a
+result is not there, the table says that it was not measured.
+"""
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+NOT_MEASURED = "*Not measured.*"
+DEVICES = ("cpu", "gpu")
+OURS = "gated_prompt, carrier"
+LONGEST = 8  # bars are cut there, and say what they are
+
+
+def load():
+    """{file's stem: result}"""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def rows(result, **wanted):
+    """Those of a result with these names."""
+    found = result["rows"] if result else []
+    return [r for r in found if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def markdown(header, lines):
+    right = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, right, *lines))
+
+
+def unique(values):
+    return list(dict.fromkeys(values))
+
+
+def with_interval(values, digits=2):
+    low, middle, high = (f"{value:,.{digits}f}" for value in values)
+    return f"{middle} [{low}, {high}]"
+
+
+def micro(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+# ---- tables: each of one result ----
+
+
+def where(result):
+    """What ran, where and how."""
+    if not result:
+        return NOT_MEASURED
+    gpu = result.get("gpu")
+    machine = f"{result['cpu']}, {result['threads']} thread" + "s" * (result["threads"] > 1)
+    if gpu:
+        machine = f"{gpu['name']}, driver {gpu['driver_version']}, CUDA {gpu['cuda']}; {machine}"
+    build = result["build"]
+    return (
+        f"`{result['command']}`: {machine} ({build['cpu_instructions']}); torch {result['torch']}, "
+        f"Python {result['python']}, g++ {build['compiler']}; commit {result['commit'][:7]}"
+        f"{'+' * result['commit'].endswith('+')}."
+    )
+
+
+def limits(result):
+    found = rows(result, suite="limits")
+    if not found:
+        return NOT_MEASURED
+    lines = []
+    for case in unique(row["case"] for row in found):
+        of = {row["peer"]: row for row in found if row["case"] == case}
+        call = of["call"].get("host_us", [0, of["call"]["median_us"], 0])[1]
+        copy, gemm = of["copy"]["gb_per_s"], of["GEMM"]["tflop_per_s"]
+        lines.append((case, f"{copy:,.1f}", f"{gemm:,.3g}", f"{call:.2f}"))
+    return markdown(("", "copy, GB/s", "GEMM, TFLOP/s", "an op, µs of the host"), lines)
+
+
+def chain(result):
+    """What a gate costs in a chain of blocks: over the same chain without gates, µs."""
+    return _over(rows(result, suite="gate"), ("chain", "chain, graph"))
+
+
+def _over(found, hows):
+    parts = []
+    for case in unique(row["case"] for row in found):
+        for how in hows:
+            of = [row for row in found if row["case"] == case and row.get("how") == how]
+            if not of:
+                continue
+            lines = []
+            for peer in unique(row["peer"] for row in of):
+                over = {row["which"]: row["over_us"] for row in of if row["peer"] == peer}
+                lines.append((peer, *(with_interval(over[w], 0) for w in over)))
+            header = (f"{case}, {how}", *unique(row["which"] for row in of))
+            parts.append(markdown(header, lines))
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def alone(result):
+    return _alone(rows(result, suite="gate"))
+
+
+def linear(result):
+    return _alone(rows(result, suite="linear"))
+
+
+def _alone(found):
+    """Medians in µs, a row for each case, a column for each peer; forward + backward, then both."""
+    found = [row for row in found if row["how"].startswith("alone")]
+    if not found:
+        return NOT_MEASURED
+    peers = [p for p in unique(r["peer"] for r in found) if not p.endswith("max-autotune")]
+    parts = []
+    for how in unique(row["how"] for row in found):
+        for which in unique(row["which"] for row in found):
+            lines = []
+            for case in unique(row["case"] for row in found if row["how"] == how):
+                of = {
+                    row["peer"]: micro(row["median_us"])
+                    for row in found
+                    if (row["case"], row["how"], row["which"]) == (case, how, which)
+                }
+                lines.append((case, *(of.get(peer, "") for peer in peers)))
+            parts.append(markdown((f"{which}, {how}", *peers), lines))
+    return "\n\n".join(parts)
+
+
+def attention(result):
+    found = rows(result, suite="attention")
+    if not found:
+        return NOT_MEASURED
+    parts = []
+    for case in unique(row["case"] for row in found):
+        for what in ("kernel", "layer"):
+            of = [row for row in found if row["case"] == case and row["how"] == what]
+            passes, lines = unique(row["which"] for row in of), []
+            for peer in unique(row["peer"] for row in of):
+                by_pass = {row["which"]: row for row in of if row["peer"] == peer}
+                cells = [
+                    f"{micro(row['median_us'])} ({row['ratio'][1]:.2f})"
+                    for row in (by_pass[which] for which in passes)
+                ]
+                rate = by_pass["forward+backward"]["tflop_per_s"]
+                lines.append((peer, *cells, f"{rate:.3g}"))
+            parts.append(markdown((f"{case}, {what}", *passes, "TFLOP/s, both"), lines))
+    return "\n\n".join(parts)
+
+
+def vit(result):
+    found = rows(result, suite="vit")
+    if not found:
+        return NOT_MEASURED
+    parts = []
+    for case in unique(row["case"] for row in found):
+        lines = []
+        for peer in unique(row["peer"] for row in found if row["case"] == case):
+            of = {r["which"]: r for r in found if (r["case"], r["peer"]) == (case, peer)}
+            step, inference = of.get("step", {}), of.get("inference", {})
+            cells = [with_interval(of["ratio"]) if of else "" for of in (step, inference)]
+            speed = [f"{of['images_per_s']:,.4g}" if of else "" for of in (step, inference)]
+            kept = f"{step['saved_bytes'] / 1e6:,.1f}" if "saved_bytes" in step else ""
+            peak = f"{step['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in step else ""
+            lines.append((peer, cells[0], speed[0], kept, peak, cells[1], speed[1]))
+        header = (case, "step", "images/s", "MB kept", "MB peak", "inference", "images/s")
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+def instructions():
+    """Of benchmarks/baseline.json."""
+    counts = json.loads((HERE / "baseline.json").read_text())["instructions"]
+    lines = []
+    for case, peers in counts.items():
+        both = {peer: passes["forward+backward"] for peer, passes in peers.items()}
+        ours = both[OURS]
+        cells = (f"{count / 1e6:,.2f} ({count / ours:.1f})" for count in both.values())
+        lines.append((case, *cells))
+    return markdown(("millions (over ours)", *next(iter(counts.values()))), lines)
+
+
+# ---- plots ----
+
+
+def plots(results):
+    for device in DEVICES:
+        result = results.get(device)
+        if result:
+            bars(result, device)
+            roofline(result, device)
+            frontier(result, device)
+
+
+def save(figure, name):
+    figure.savefig(RESULTS / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def bars(result, device):
+    """One gate alone, forward and backward: how many times longer each peer takes than ours."""
+    how = "alone, graph" if device == "gpu" else "alone"
+    found = [r for r in rows(result, suite="gate", how=how) if r["which"] == "forward+backward"]
+    cases = unique(row["case"] for row in found)
+    peers = [p for p in unique(row["peer"] for row in found) if p not in (OURS, "device copy")]
+    figure, axes = plt.subplots(figsize=(9, 0.8 * len(cases) + 1))
+    ours = {row["case"]: row["median_us"] for row in found if row["peer"] == OURS}
+    height = 0.9 / len(peers)
+    for i, peer in enumerate(peers):
+        of = {row["case"]: row["median_us"] for row in found if row["peer"] == peer}
+        places = [j + i * height for j, case in enumerate(cases) if case in of]
+        values = [of[case] / ours[case] for case in cases if case in of]
+        drawn = axes.barh(places, [min(v, LONGEST) for v in values], height, label=peer)
+        labels = [f"{value:.1f}" for value in values]
+        axes.bar_label(drawn, labels, fontsize=5, padding=1)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, LONGEST + 0.5)
+    axes.set_yticks([j + 0.4 for j in range(len(cases))], cases, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time over ours (with carrier), forward + backward, {how}; {device.upper()}")
+    axes.legend(fontsize=7)
+    save(figure, f"{device}-peers.png")
+
+
+def roofline(result, device):
+    """Bandwidth of the gate over the bytes that it must move, beside that of a copy."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for peer, mark in ((OURS, "o"), ("device copy", "s"), ("original", "x"), ("triton", "^")):
+        for how in ("alone", "alone, graph"):
+            of = [r for r in rows(result, suite="gate", how=how, peer=peer) if "gb_per_s" in r]
+            if of:
+                axes.scatter(
+                    [r["bytes"] / 1e6 for r in of], [r["gb_per_s"] for r in of], marker=mark,
+                    label=f"{peer}{how.removeprefix('alone')}",
+                )  # fmt: skip
+    limit = max((r["gb_per_s"] for r in rows(result, suite="limits", peer="copy")), default=None)
+    if limit:
+        axes.axhline(limit, color="black", linewidth=1, label="large copy")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB that the gate must move in a pass")
+    axes.set_ylabel(f"GB/s, {device.upper()}")
+    axes.legend(fontsize=8)
+    save(figure, f"{device}-roofline.png")
+
+
+def frontier(result, device):
+    """Images a second over the memory of a step, and that memory as bars."""
+    found = [r for r in rows(result, suite="vit", which="step") if "saved_bytes" in r]
+    for case in unique(row["case"] for row in found):
+        of = [r for r in found if r["case"] == case and "cached" not in r["peer"]]
+        megabytes = [row.get("peak_bytes", row["saved_bytes"]) / 1e6 for row in of]
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+        marks = itertools.cycle("osD^v<>Pp*hX")
+        for row, memory, mark in zip(of, megabytes, marks, strict=False):
+            left.scatter(memory, row["images_per_s"], marker=mark, label=row["peer"])
+        what = "MB at the peak" if device == "gpu" else "MB kept for backward"
+        left.set_xlabel(what)
+        left.set_ylabel("images/s, training")
+        left.set_title(f"{case}, {device.upper()}", fontsize=9)
+        left.legend(fontsize=7)
+        drawn = right.barh([row["peer"] for row in of], megabytes)
+        right.bar_label(drawn, [f"{value:.1f}" for value in megabytes], fontsize=7, padding=2)
+        right.tick_params(axis="y", labelsize=7)
+        right.invert_yaxis()
+        right.set_xlabel(what)
+        figure.tight_layout()
+        save(figure, f"{device}-frontier-{re.sub('[^A-Za-z0-9]+', '-', case)}.png")
+
+
+# ---- the page ----
+
+TABLES = {
+    f"{device} {make.__name__}": (device, make)
+    for device in DEVICES
+    for make in (where, limits, chain, alone, linear, attention, vit)
+}
+
+
+def fill(page, results):
+    def made(match):
+        name = match[1]
+        if name == "instructions":
+            table = instructions()
+        else:
+            stem, make = TABLES[name]
+            table = make(results.get(stem))
+        return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    results, page = load(), Path(sys.argv[1])
+    page.write_text(fill(page.read_text(), results))
+    plots(results)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts on the meta device against what is computed, and against formulas; docs/counts.md."""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import timm_or_skip
+
+timm_or_skip()
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import counts
+import vit_peers
+
+ARCH, DEPTH, D, N, P = "vit_tiny_patch16_224", 3, 192, 1 + 4 + 196, 4
+of_step = functools.partial(counts.count, arch=ARCH, pixels=224, prompts=P, batch=1, depth=DEPTH)
+
+
+@pytest.mark.parametrize("name", counts.ROWS)
+def test_meta_keeps_the_bytes_that_a_real_step_keeps(name):
+    found = of_step(name)["saved_bytes"]
+    model = vit_peers.make(name, ARCH, P, depth=DEPTH).to(torch.bfloat16).train()
+    real = counts.saved_bytes(model, torch.randn(1, 3, 224, 224, dtype=torch.bfloat16))[0]
+    assert found == pytest.approx(real, rel=0.01)
+
+
+def test_flop_of_vpt_are_those_of_the_formula():
+    """Of each block 24 N D^2 + 4 N^2 D forward, 24 N D^2 + 10 N^2 D backward, and no gradients of
+    weights; of a GEMM before, that of patches, and the head's after."""
+    block = 48 * N * D**2 + 14 * N**2 * D
+    patches, head = 2 * 196 * 768 * D, 6 * D * vit_peers.NUM_CLASSES
+    flop = of_step("vpt-shallow")["flop"]
+    assert flop == pytest.approx(DEPTH * block + patches + head, rel=1e-3)
+
+
+def test_backward_of_the_folded_projection_is_counted():
+    """The same products as VPT's, some of them by addmm_, which torch's counter does not know."""
+    vpt, ours = (of_step(name)["flop"] for name in ("vpt-shallow", "gated_prompt, all rows"))
+    first_block = 6 * (N - P) * D**2  # whose gradient is needed for the prompts alone
+    assert ours == pytest.approx(vpt - first_block, rel=1e-3)
+
+
+def test_traffic_of_single_ops():
+    a, b = torch.empty(4, 8, device="meta"), torch.empty(8, device="meta")
+    with counts._Traffic() as traffic:
+        a.view(32)[1:].expand(2, 31)  # moves nothing
+        torch.empty(100, device="meta")
+        a + b.expand(4, 8)
+        a.add_(1)
+    assert (traffic.kernels, traffic.bytes) == (2, (32 + 8 + 32 + 32 + 32) * 4)
+
+
+def test_gates_move_what_their_plan_says():
+    import gated_prompt as gp
+
+    h, x, logit = (torch.empty(size, device="meta") for size in ((2, 9, 16), (2, 9, 16), ()))
+    with counts._Traffic() as traffic:
+        gp.prompt_gate_(h, x, logit, 1, 3)
+    assert (traffic.kernels, traffic.bytes) == (1, 3 * 2 * 3 * 16 * 4 + 4)
