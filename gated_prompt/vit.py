@@ -21,7 +21,7 @@ from gated_prompt.attention import (
     check_attention,
     unavailable_reason,
 )
-from gated_prompt.functional import DTYPES, RULES, prompt_gate_
+from gated_prompt.functional import DTYPES, RULES, prompt_gate, prompt_gate_
 from gated_prompt.modules import (
     GATES,
     POSITIONS,
@@ -417,7 +417,8 @@ class GatedPromptViT(nn.Module):
             gated = self.gates[index](out, fresh, start, self.num_prompts, carrier)
             return gated if carrier is not None else (gated, None)
         if fresh is not x:
-            return prompt_gate_(out, fresh, self._closed, start, self.num_prompts), carrier
+            function = prompt_gate if torch.compiler.is_compiling() else prompt_gate_
+            return function(out, fresh, self._closed, start, self.num_prompts), carrier
         return out, carrier
 
     def _pooled_rows(self, num_tokens: int) -> slice:
