@@ -68,13 +68,14 @@ def by_default(case, how, peer):
     return peer in (*QUICK_PEERS, "slice assignment", "slice_scatter")
 
 
+def parametrize(metafunc, suite):
+    names = ("device", "case", "how", "peer")
+    found = list(rows(metafunc.config, suite))
+    metafunc.parametrize(names, found, indirect=["device"], ids=str)
+
+
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize(
-        ("device", "case", "how", "peer"),
-        list(rows(metafunc.config, "prompt_gate")),
-        indirect=["device"],
-        ids=str,
-    )
+    parametrize(metafunc, "prompt_gate")
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ one with bias forward, two backward.
 What the rows are: bench_prompt_gate.py. gb_per_s leaves weights and GEMMs out.
 """
 
-from bench_prompt_gate import rows, test_prompt_gate
+from bench_prompt_gate import parametrize, test_prompt_gate
 from harness import timed_here
 
 test_prompt_gate_linear = test_prompt_gate
@@ -16,9 +16,4 @@ pytestmark = timed_here
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize(
-        ("device", "case", "how", "peer"),
-        list(rows(metafunc.config, "prompt_gate_linear")),
-        indirect=["device"],
-        ids=str,
-    )
+    parametrize(metafunc, "prompt_gate_linear")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from harness import Work, assert_near
 from peers import COMPILED, PEERS, compiled, gated_prompt_carrier
 from shapes import GATES
+from torch.utils.checkpoint import checkpoint
 
 from gated_prompt import ops, reference
 
@@ -121,8 +122,8 @@ class Copy(Work):
             moved["backward"] // 2,
         ]
         size = (self.calls, max(self.sizes))
-        self.source = torch.randint(0, 256, size, generator=self.generator, dtype=torch.uint8)
-        self.source = self.source.to(self.device)
+        options = {"dtype": torch.uint8, "device": self.device}
+        self.source = torch.randint(0, 256, size, generator=self.generator, **options)
         self.target = torch.zeros_like(self.source)
 
     def copy(self, size):
@@ -190,22 +191,24 @@ class Chain(GateWork):
             self.leaves = self.leaves[:1]
         self.run = compiled(self.through(function), mode)
 
-    def through(self, function):
+    def through(self, function, run=lambda block, *arguments: block(*arguments)):
         start, length, rule = self.case.start, self.case.prompts, self.case.rule
         per_gate = len(GATES[self.case.gate](1, 1, 1))
+
+        def block(x, *gate):
+            h = x + F.layer_norm(x, x.shape[-1:])
+            return h if function is None else function(h, x, gate, start, length, rule)
 
         def chain(sequence, prompts, *parameters):
             before, _, after = sequence.tensor_split((start, start + length), dim=1)
             x, carrier = torch.cat([before, prompts, after], dim=1), prompts
             for i in range(self.calls):
-                h = x + F.layer_norm(x, x.shape[-1:])
                 gate = parameters[i * per_gate : (i + 1) * per_gate]
-                if function is None:
-                    x = h
-                elif function is gated_prompt_carrier:
+                if function is gated_prompt_carrier:
+                    h = x + F.layer_norm(x, x.shape[-1:])
                     x, carrier = function(h, x, gate, start, length, rule, carrier)
                 else:
-                    x = function(h, x, gate, start, length, rule)
+                    x = run(block, x, *gate)
             return x
 
         return chain
@@ -229,7 +232,9 @@ class Chain(GateWork):
     @functools.cached_property
     def wanted(self):
         """Results of the original, in the dtype and in float64."""
-        original = self.through(PEERS["original"][0] if len(self.leaves) > 1 else None)
+        sparing = functools.partial(checkpoint, use_reentrant=False)  # float64 is large
+        function = PEERS["original"][0] if len(self.leaves) > 1 else None
+        original = self.through(function, sparing)
         found = []
         for dtype in (self.case.torch_dtype, torch.float64):
             wide = torch.promote_types(dtype, torch.float32)

@@ -73,11 +73,11 @@ class Work:
 
     def __init__(self, case, peer):
         self.case, self.device, self.name = case, case.device, f"{peer}/{case}"
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(case.device).manual_seed(0)
 
     def randn(self, *size, dtype=None):
-        values = torch.randn(size, generator=self.generator)
-        return values.to(self.device, dtype or self.case.torch_dtype)
+        values = torch.randn(size, generator=self.generator, device=self.device)
+        return values.to(dtype or self.case.torch_dtype)
 
     def prepare(self):
         pass
@@ -116,6 +116,9 @@ def check(work):
         return
     work.prepare()
     work.infer()
+    inner = getattr(work, "work", work)  # of a Graphed, whose results stay where they are
+    if hasattr(inner, "inferred"):
+        inner.inferred = inner.inferred.clone()
     work.prepare()
     work.forward()
     work.backward()
@@ -175,8 +178,9 @@ class Graphed:
     """The phases of a work as CUDA graphs: no host in the way."""
 
     def __init__(self, work):
-        self.name, self.device, self.calls = f"{work.name}/graph", work.device, work.calls
-        self.verify, phases = work.verify, ("prepare", "infer", "forward", "backward")
+        self.work, self.name, self.verify = work, f"{work.name}/graph", work.verify
+        self.device, self.calls = work.device, work.calls
+        phases = ("prepare", "infer", "forward", "backward")
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made once is made before the capture
