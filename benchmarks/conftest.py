@@ -2,6 +2,7 @@
 """Under what conditions benchmarks run, and what of a run is kept as JSON."""
 
 import ctypes
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import torch
 import torch._inductor.config
 
 from gated_prompt import ops
+
+# without the extra `vit`, the suites of the op alone
+collect_ignore = []
+if importlib.util.find_spec("timm") is None:
+    collect_ignore += ["bench_attention.py", "bench_vit.py"]
 
 
 def pytest_addoption(parser):
