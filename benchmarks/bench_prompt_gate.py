@@ -16,11 +16,10 @@ more is not credited for it. How anything is timed: harness.py.
 import functools
 
 import pytest
-import torch
-from gates import Alone, Chain, Copy, Gemms, bytes_moved
+from gates import Alone, Chain, Copy, Gemms, bytes_moved, l2_bytes
 from harness import PASSES, Graphed, label, race, timed_here
 from peers import COMPILED, PEERS
-from shapes import chosen
+from shapes import BATCH, chosen
 
 HOWS = ("chain", "alone", "chain, graph", "alone, graph")
 EXTRA_PEERS = {"chain": ("no gate", "no gate, compiled"), "alone": ("device copy", "bare GEMMs")}
@@ -58,8 +57,7 @@ def runs(case, how, peer):
 def by_default(case, how, peer):
     """All rows of one case, the scalar gate of ViT-B; fewer of the others: it is compiling that
     takes most of the time, and Triton's tuning."""
-    usual = {"cpu": (8, 50), "cuda": (64, 50)}[case.device]
-    if case.gate == "scalar" and (case.batch, case.prompts) == usual:
+    if case.gate == "scalar" and (case.batch, case.prompts) == (BATCH[case.device], 50):
         return not peer.endswith("autotune") or case.device == "cuda"
     if case.device == "cuda":
         return "graph" in how and peer in QUICK_PEERS
@@ -107,5 +105,5 @@ def test_prompt_gate(request, benchmark, device, case, how, peer, which):
         benchmark.extra_info["bytes"] = moved
         benchmark.extra_info["gb_per_s"] = moved / median / 1e9
         if device == "cuda":
-            l2 = torch.cuda.get_device_properties(0).L2_cache_size
-            benchmark.extra_info["l2"] = "cold" if work.calls * moved > 4 * l2 else "warm"
+            is_cold = work.calls * moved > 4 * l2_bytes()
+            benchmark.extra_info["l2"] = "cold" if is_cold else "warm"

@@ -27,12 +27,15 @@ def bytes_moved(case):
     return {"forward": forward, "backward": backward, "forward+backward": training + backward}
 
 
+def l2_bytes():
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
 def calls_of(case):
     """How many buffers to go through: on CUDA until four times the L2 were touched, if 256 do."""
     if case.device == "cpu":
         return 1  # h has just been written, as after a block
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(256, 4 * l2 // bytes_moved(case)["forward"] + 1)
+    return min(256, 4 * l2_bytes() // bytes_moved(case)["forward"] + 1)
 
 
 class Seed(torch.autograd.Function):
@@ -65,7 +68,8 @@ class Alone(GateWork):
         super().__init__(case, peer)
         function, mode = PEERS[peer]
         start, length, rule = case.start, case.prompts, case.rule
-        if function is gated_prompt_carrier:
+        is_compact = function is gated_prompt_carrier
+        if is_compact:
             # x is the prompt rows alone; their gradient comes back as compact as that
             def function(h, x, gate, start, length, rule):
                 return gated_prompt_carrier(h, x, gate, start, length, rule, carrier=x)[0]
@@ -78,7 +82,7 @@ class Alone(GateWork):
         xs = [self.randn(*case.size) for _ in range(self.calls)]
         # along h - x, so that the sums over it do not cancel: an error in them can be told
         self.gradient = self.randn(*case.size) + self.h.detach() - xs[-1]
-        if "carrier" in peer:
+        if is_compact:
             xs = (x[:, start : start + length].clone() for x in xs)
         self.xs = [x.requires_grad_() for x in xs]
 

@@ -87,13 +87,9 @@ def limits(result):
 
 def chain(result):
     """What a gate costs in a chain of blocks: over the same chain without gates, µs."""
-    return _over(rows(result, suite="gate"), ("chain", "chain, graph"))
-
-
-def _over(found, hows):
-    parts = []
+    found, parts = rows(result, suite="gate"), []
     for case in unique(row["case"] for row in found):
-        for how in hows:
+        for how in ("chain", "chain, graph"):
             of = [row for row in found if row["case"] == case and row.get("how") == how]
             if not of:
                 continue

@@ -44,6 +44,9 @@ FLAGS = dict(
 )
 
 
+BATCH = {"cpu": 8, "cuda": 64}  # where none is named
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One problem on one device: a sequence [B, N, D] and its P prompts, behind the class token."""
@@ -78,7 +81,7 @@ class Case:
 
 
 def _cases(device, dtypes, *changes):
-    default = {"device": device, "batch": {"cpu": 8, "cuda": 64}[device]}
+    default = {"device": device, "batch": BATCH[device]}
     return [Case(**{**default, "dtype": dtype, **change}) for change in changes for dtype in dtypes]
 
 
@@ -139,10 +142,9 @@ def chosen(config, suite):
     if "gate" in lists or suite == "prompt_gate_linear":
         of_suite = [g for g in AXES["gate"] if g.startswith("linear") == (suite != "prompt_gate")]
         lists["gate"] = [g for g in lists.get("gate", of_suite) if g in of_suite]
-    devices = {"cpu": 8, "cuda": 64}
     return [
         Case(**{"device": device, "batch": batch, **dict(zip(lists, values, strict=True))})
-        for device, batch in devices.items()
+        for device, batch in BATCH.items()
         for values in itertools.product(*lists.values())
     ]
 
