@@ -8,6 +8,7 @@ call, Python and autograd included, on one thread. Valgrind has no AVX-512, so k
 PyTorch's, are the AVX2 ones; counts hold for a build by one compiler for one torch.
 """
 
+import gc
 import json
 import os
 import re
@@ -16,13 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from gates import Alone
+from harness import PASSES, seconds
+from shapes import Case
+
 PEERS = ("gated_prompt", "gated_prompt, carrier", "original", "slice assignment")
-PASSES = ("forward", "backward", "forward+backward")
 
 
 def cases():
-    from shapes import Case
-
     found = []
     for dtype in ("float32", "bfloat16"):
         found.append(Case("cpu", 8, dtype=dtype))
@@ -35,35 +38,31 @@ def cases():
 
 def count():
     """Under valgrind: dumps the counts of each pass of each work, in order, each under its name."""
-    import torch
-    from gates import Alone
-
     torch.set_num_threads(1)
+    gc.disable()  # a collection within a call would be counted
     for case in cases():
         for peer in PEERS:
+            gc.collect()
             work = Alone(case, peer)
             for which in PASSES:
-                for counted in (False, False, True):
-                    work.prepare()
-                    run(work, which, counted)
+                for counter in (uncounted, uncounted, counted):
+                    seconds(work, which, counter)
                 print(json.dumps([str(case), peer, which]), flush=True)
 
 
-def run(work, which, counted):
-    import torch
+def uncounted(*functions):
+    """As harness.Timer is called; nobody asks for the time."""
+    for function in functions:
+        function()
+    return (0, 0)
 
-    toggle = torch._C._valgrind_toggle if counted else lambda: None
-    dump = torch._C._valgrind_toggle_and_dump_stats if counted else lambda: None
-    if which == "backward":
-        work.forward()
-    toggle()
-    if which == "forward":
-        work.infer()
-    if which == "forward+backward":
-        work.forward()
-    if which != "forward":
-        work.backward()
-    dump()
+
+def counted(*functions):
+    torch._C._valgrind_toggle()
+    for function in functions:
+        function()
+    torch._C._valgrind_toggle_and_dump_stats()
+    return (0, 0)
 
 
 def collect():
