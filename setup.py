@@ -84,7 +84,7 @@ def extensions():
     cxx = ["-O3", here, *math, "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",
-        ["csrc/bindings.cpp", "csrc/prompt_gate_cpu.cpp", "csrc/scaled_dot_cpu.cpp"],
+        ["csrc/bindings.cpp", *sorted(glob.glob("csrc/*_cpu.cpp"))],
         include_dirs=include,
         extra_compile_args={"cxx": [*cxx, f"-DGP_BUILD_TORCH={plan.torch.version}"]},
         extra_link_args=LINK,
@@ -101,7 +101,7 @@ def extensions():
         ]
         cuda = CUDAExtension(
             "gated_prompt._C_cuda",
-            ["csrc/bindings_cuda.cpp", "csrc/prompt_gate.cu", "csrc/scaled_dot.cu"],
+            ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/*.cu"))],
             include_dirs=include,
             extra_compile_args={
                 "cxx": [*cxx, *facts, "-DUSE_CUDA"],

@@ -37,6 +37,7 @@ def disassembler(toolkit):
 
 
 PACKS_IN_FLIGHT = 2  # kPacksInFlight of prompt_gate.h
+DIVIDE_PACKS = 4  # kDividePacks of divide_rows.h
 SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
 LOGIT_SIZES = (8, 4, 2, 2)  # of the four dtypes of a logit, weight or gradient, chosen at run time
 
@@ -75,6 +76,8 @@ def needed(name):
         return 2 * out + into + read_pack, 3 * out, 0
     if kernel == "scaled_dot_kernel":
         return PACKS_IN_FLIGHT * (out + into), 0, 0
+    if kernel == "divide_rows_kernel":
+        return DIVIDE_PACKS * out, DIVIDE_PACKS * into, 0
     sys.exit(f"kernel_resources: say what {name} has to move")
 
 

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "bindings.h"
-#include "bindings_scaled_dot.h"
+#include "bindings_temperature.h"
 
 namespace gated_prompt {
 namespace {
@@ -65,6 +65,18 @@ Tensor dot_cpu(const Tensor& a, const Tensor& b, const Tensor& temperature) {
       scaled_dot_cpu(p, begin, end, partials.get());
     });
     scaled_dot_finish_cpu(p, partials.get());
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> divide_cpu(const Tensor& weight,
+                                              const std::optional<Tensor>& bias,
+                                              const Tensor& temperature, int64_t rows, double low,
+                                              double high, ScalarType dtype) {
+  return divide_rows(weight, bias, temperature, rows, low, high, dtype, [](const DivideParams& p) {
+    clamp_cpu(p);
+    torch::stable::parallel_for(
+        0, p.weight.size + p.bias.size, 4 * kTaskElements,
+        [&](int64_t begin, int64_t end) { divide_rows_cpu(p, begin, end); });
   });
 }
 
@@ -137,6 +149,9 @@ STABLE_TORCH_LIBRARY(gated_prompt, m) {
       "Tensor? grad_carrier, int start, int length, bool mix, bool need_out, bool need_in, "
       "bool need_logit, bool need_bias, ScalarType in_dtype) -> (Tensor, Tensor, Tensor)");
   m.def("scaled_dot(Tensor a, Tensor b, Tensor temperature) -> Tensor");
+  m.def(
+      "divide_rows(Tensor weight, Tensor? bias, Tensor temperature, int rows, float low, "
+      "float high, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CPU, m) {
@@ -144,6 +159,7 @@ STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CPU, m) {
   m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cpu));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cpu));
   m.impl("scaled_dot", TORCH_BOX(&dot_cpu));
+  m.impl("divide_rows", TORCH_BOX(&divide_cpu));
 }
 
 }  // namespace gated_prompt

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "bindings.h"
-#include "bindings_scaled_dot.h"
+#include "bindings_temperature.h"
 
 namespace gated_prompt {
 namespace {
@@ -117,6 +117,17 @@ Tensor dot_cuda(const Tensor& a, const Tensor& b, const Tensor& temperature) {
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> divide_cuda(const Tensor& weight,
+                                               const std::optional<Tensor>& bias,
+                                               const Tensor& temperature, int64_t rows, double low,
+                                               double high, ScalarType dtype) {
+  check_on_cuda(weight, "weight", "divide_rows");
+  const DeviceGuard guard(weight.get_device_index());
+  return divide_rows(weight, bias, temperature, rows, low, high, dtype, [&](const DivideParams& p) {
+    check_cuda(launch_divide_rows(p, current_stream(weight)));
+  });
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["nvcc"] = GP_STRING(GP_NVCC);
@@ -131,6 +142,7 @@ STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CUDA, m) {
   m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cuda));
   m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cuda));
   m.impl("scaled_dot", TORCH_BOX(&dot_cuda));
+  m.impl("divide_rows", TORCH_BOX(&divide_cuda));
 }
 
 }  // namespace gated_prompt

@@ -180,6 +180,18 @@ GP_HD A logit_gradient(A slope, A sum, bool mix) {
 
 // ---- a temperature ----
 
+template <class A>
+GP_HD A clamp(A value, A low, A high) {
+  return value < low ? low : value > high ? high : value;  // NaN stays
+}
+
+// The temperature within [low, high], rounded to its own dtype T as a tensor of it would be.
+template <class T>
+GP_HD T clamp_temperature(T temperature, double low, double high) {
+  using A = compute_t<T>;
+  return narrow<T>(clamp(widen(temperature), static_cast<A>(low), static_cast<A>(high)));
+}
+
 // Gradient of a temperature by which q was divided, from dot = sum of q / temperature times its
 // gradient.
 template <class A>

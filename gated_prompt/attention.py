@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gated_prompt.functional import is_traced
-from gated_prompt.ops import no_autocast, ranged, scaled_dot
+from gated_prompt.ops import divide_rows, no_autocast, ranged, require_kernels, scaled_dot
 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 TEMPERATURE_RANGE = (0.01, 10.0)
@@ -126,9 +126,8 @@ def _temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Ten
     if _in_plain_aten(grad):
         dtype = torch.promote_types(q.dtype, torch.float32)
         gradient = (-(q.to(dtype) * grad.to(dtype)).sum() / tau).to(tau.dtype)
-    else:
-        gradient = scaled_dot(q, grad, tau)
-    return gradient.reshape(temperature.shape)
+        return gradient.reshape(temperature.shape)
+    return scaled_dot(q, grad, tau.view(temperature.shape))
 
 
 class _TemperedQuery(torch.autograd.Function):
@@ -155,41 +154,58 @@ class _TemperedQuery(torch.autograd.Function):
 
 
 def _folded(weight, bias, temperature, rows, dtype):
-    """weight and bias in dtype, their first `rows` rows divided by the clamped temperature."""
+    """weight and bias in dtype, their first `rows` rows divided by the clamped temperature, and
+    that; each element is rounded once."""
     if not isinstance(temperature, Tensor) and temperature == 1:
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return weight.to(dtype), None if bias is None else bias.to(dtype), 1.0
+    if _has_kernel(weight, bias, temperature, dtype):
+        low, high = TEMPERATURE_RANGE
+        weight, new_bias, tau = divide_rows(weight, bias, temperature, rows, low, high, dtype)
+        return weight, None if bias is None else new_bias, tau
     tau, results = clamped(temperature), []
     for tensor in (weight, bias):
         if tensor is not None:
             result = torch.empty_like(tensor, dtype=dtype)
-            torch.div(tensor[:rows], tau, out=result[:rows])  # rounded once
+            torch.div(tensor[:rows], tau, out=result[:rows])
             result[rows:].copy_(tensor[rows:])
         results.append(None if tensor is None else result)
-    return results
+    return *results, tau
+
+
+def _has_kernel(weight, bias, temperature, dtype) -> bool:
+    """Whether `divide_rows` serves; compilers fuse the same in aten."""
+    if torch.compiler.is_compiling() or not isinstance(temperature, Tensor):
+        return False
+    is_known = dtype == weight.dtype or (weight.dtype == torch.float32 and dtype.itemsize == 2)
+    if bias is not None:
+        is_known = is_known and bias.dtype == weight.dtype and bias.is_contiguous()
+    if not is_known or not weight.is_contiguous():
+        return False
+    require_kernels("TemperedAttention", weight.device)
+    return True
 
 
 class _FrozenProjection(torch.autograd.Function):
-    """x [B, N, C] -> `parts` tensors [B, N, H*d], views of one; the first divided by tau.
+    """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one; the first divided by tau.
 
-    weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over the first rows
-    of them, not over q. x is not saved, nor the divided weight. In backward each part's gradient
-    meets its rows of the weight where it lies: unbind's backward would stack the three first.
-    learned [B, P, C]: a copy of the rows of x from `start` on, which gets their gradient in place
-    of x, which then gets none. Else None.
+    weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over them, not over
+    q. x is not saved, nor the divided weight. In backward each part's gradient meets its rows of
+    the weight where it lies: unbind's backward would stack the three first. learned [B, P, C]: a
+    copy of the rows of x from `start` on, which gets their gradient in place of x, which then gets
+    none. Else None.
     """
 
     @staticmethod
-    def forward(ctx, x, learned, weight, bias, temperature, start, parts):
+    def forward(ctx, x, learned, weight, bias, temperature, start, parts, head_dim):
         device, dtype = x.device.type, x.dtype
         if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        rows = weight.shape[0] // parts
-        with no_autocast(device):
-            out = F.linear(x.to(dtype), *_folded(weight, bias, temperature, rows, dtype))
-        outputs = out.split(rows, dim=-1)
+        folded, bias, tau = _folded(weight, bias, temperature, weight.shape[0] // parts, dtype)
+        out = F.linear(x.to(dtype), folded, bias)  # autocast, too, would cast to dtype
+        outputs = out.view(*out.shape[:2], parts, -1, head_dim).unbind(2)
         is_learned = isinstance(temperature, Tensor)
-        ctx.save_for_backward(weight, *((temperature, outputs[0]) if is_learned else ()))
-        ctx.temperature = None if is_learned else temperature
+        ctx.save_for_backward(weight, *((temperature, tau, outputs[0]) if is_learned else ()))
+        ctx.tau = None if is_learned else tau
         ctx.rows = None if learned is None else slice(start, start + learned.shape[1])
         ctx.x_dtype = x.dtype
         ctx.set_materialize_grads(False)
@@ -198,36 +214,49 @@ class _FrozenProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         weight, *saved = ctx.saved_tensors
-        temperature = saved[0] if saved else ctx.temperature
-        tau = _differentiable(temperature) if saved else clamped(temperature)
-        grad_temperature = grad_x = None
-        if saved and ctx.needs_input_grad[4] and grads[0] is not None:
-            grad_temperature = _temperature_gradient(saved[1], grads[0], tau, temperature)
+        tau, grad_temperature, grad_x = ctx.tau, None, None
+        if saved:
+            temperature, tau, q = saved
+            if torch.is_grad_enabled():  # a graph for second derivatives
+                tau = clamp_straight_through(temperature)
+            if ctx.needs_input_grad[4] and grads[0] is not None:
+                grad_temperature = _temperature_gradient(q, grads[0], tau, temperature)
         if ctx.rows is not None:
             grads = [None if grad is None else grad[:, ctx.rows] for grad in grads]
         if any(ctx.needs_input_grad[:2]) and any(grad is not None for grad in grads):
             with no_autocast(weight.device.type):
                 grad_x = _project_back(grads, weight, tau).to(ctx.x_dtype)
         of_x = (grad_x, None) if ctx.rows is None else (None, grad_x)
-        return *of_x, None, None, grad_temperature, None, None
+        return *of_x, None, None, grad_temperature, None, None, None
 
 
 def _project_back(grads, weight, tau):
-    """sum over the parts of grad [B, N, H*d] @ rows of weight."""
-    rows, total = weight.shape[0] // len(grads), None
-    for part, grad in enumerate(grads):
+    """sum over the parts of grad [B, N, H, d] @ rows of weight, the first ones divided by tau."""
+    rows, dtype = weight.shape[0] // len(grads), next(g.dtype for g in grads if g is not None)
+    if isinstance(tau, float):
+        first = weight[:rows] if tau == 1 else weight[:rows] / tau
+    elif grads[0] is None:
+        first = None
+    elif torch.is_grad_enabled():
+        first = weight[:rows] / tau
+    elif weight.dtype == dtype:
+        first = _folded(weight[:rows], None, tau, rows, dtype)[0]
+    else:  # all rows are to be cast: at once
+        weight = _folded(weight, None, tau, rows, dtype)[0]
+        first = weight[:rows]
+    total = flat = None
+    for index, grad in enumerate(grads):
         if grad is None:
             continue
-        weight_rows = weight[part * rows : (part + 1) * rows]
-        if part == 0 and not (isinstance(tau, float) and tau == 1):
-            weight_rows = weight_rows / tau
-        weight_rows = weight_rows.to(grad.dtype)
+        part = first if index == 0 else weight[index * rows : (index + 1) * rows]
+        grad, part = grad.reshape(*grad.shape[:2], rows), part.to(dtype)
         if total is None:
-            total = grad @ weight_rows
+            total = grad @ part
         elif _in_plain_aten(grad):
-            total = total + grad @ weight_rows
+            total = total + grad @ part
         else:
-            total.view(-1, total.shape[-1]).addmm_(grad.reshape(-1, rows), weight_rows)
+            flat = total.view(-1, total.shape[-1]) if flat is None else flat
+            flat.addmm_(grad.reshape(-1, rows), part)
     return total
 
 
@@ -360,16 +389,18 @@ class TemperedAttention(nn.Module):
                 f"TemperedAttention: dropout of attention weights is not supported, got "
                 f"attn_drop={attn.attn_drop.p} in training mode"
             )
-        is_own = self._runs_own_projection(x)
-        folds = is_own and isinstance(attn.q_norm, nn.Identity)
-        temperature = self.temperature if folds else 1.0
-        if is_own:
-            q, k, v = self._project(x, temperature, rows, learned)
+        layers, q_norm, k_norm = self._frozen_layers(x), attn.q_norm, attn.k_norm
+        folds = layers is not None and isinstance(q_norm, nn.Identity)
+        if layers is not None:
+            temperature = self.temperature if folds else 1.0
+            q, k, v = self._project(x, layers, temperature, rows, learned)
         else:
             q, k, v = self._project_as_timm(x)
             q = q if rows is None else q[:, rows]
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in (q, k, v))
-        q, k = attn.q_norm(q), attn.k_norm(k)
+        if not isinstance(q_norm, nn.Identity):
+            q = q_norm(q)
+        if not isinstance(k_norm, nn.Identity):
+            k = k_norm(k)
         if rope is not None:
             first = 0 if rows is None else rows.start
             q, k = self._rotated(q, rope, first).type_as(v), self._rotated(k, rope, 0).type_as(v)
@@ -386,54 +417,58 @@ class TemperedAttention(nn.Module):
 
     def takes_learned_rows(self, x: Tensor) -> bool:
         gate = getattr(self.attn, "gate", None)  # it reads x, too
-        return gate is None and self._runs_own_projection(x)
+        return gate is None and self._frozen_layers(x) is not None
 
-    def _runs_own_projection(self, x: Tensor) -> bool:
-        """Whether q, k and v come from plain linear layers, frozen and without hooks."""
+    def _frozen_layers(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+        """(weight, bias) of qkv, or of q, k and v, if they are plain linear layers, frozen and
+        without hooks; else None."""
         attn = self.attn
-        layers = [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
-        tensors = [getattr(attn, name, None) for name in ("q_bias", "v_bias")]
-        for layer in layers:
+        qkv = attn.qkv
+        layers = []
+        for layer in (attn.q_proj, attn.k_proj, attn.v_proj) if qkv is None else (qkv,):
             if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-                return False
-            tensors += [layer.weight, layer.bias]
-        tensors = [t for t in tensors if t is not None]
-        return not any(t.requires_grad for t in tensors) and not _is_transformed(x, *tensors)
+                return None
+            layers.append((layer.weight, layer.bias))
+        if attn._parameters.get("q_bias") is not None:  # Eva's
+            q_bias, v_bias = attn.q_bias, attn.v_bias
+            if q_bias.requires_grad or v_bias.requires_grad:
+                return None
+            layers = [(layers[0][0], torch.cat([q_bias, attn.k_bias, v_bias]))]
+        tensors = [t for layer in layers for t in layer if t is not None]
+        if any(t.requires_grad for t in tensors) or _is_transformed(x, *tensors):
+            return None
+        return layers
 
-    def _bias(self) -> Tensor | None:
-        """Of qkv; Eva has one for q and v alone."""
-        attn = self.attn
-        if getattr(attn, "q_bias", None) is None:
-            return attn.qkv.bias
-        return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-
-    def _project(self, x, temperature, rows, learned):
-        """q [B, M, H*d] of the rows, divided by the temperature; k and v [B, N, H'*d]."""
-        attn = self.attn
+    def _project(self, x, layers, temperature, rows, learned):
+        """q [B, M, H, d] of the rows, divided by the temperature; k and v [B, N, H', d]."""
+        size, run = self.attn.head_dim, _FrozenProjection.apply
         learned, start = (None, None) if learned is None else learned
         of_rows = x if rows is None else x[:, rows]
-        run = _FrozenProjection.apply
-        if attn.qkv is None:
-            q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
-            (q,) = run(of_rows, learned, q.weight, q.bias, temperature, start, 1)
-            (k,) = run(x, learned, k.weight, k.bias, 1.0, start, 1)
-            (v,) = run(x, learned, v.weight, v.bias, 1.0, start, 1)
+        if len(layers) == 3:
+            q, k, v = layers
+            (q,) = run(of_rows, learned, *q, temperature, start, 1, size)
+            (k,) = run(x, learned, *k, 1.0, start, 1, size)
+            (v,) = run(x, learned, *v, 1.0, start, 1, size)
             return q, k, v
-        weight, bias = attn.qkv.weight, self._bias()
+        ((weight, bias),) = layers
         if rows is None:
-            return run(x, learned, weight, bias, temperature, start, 3)
-        size = weight.shape[0] // 3
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:size], bias[size:])
-        (q,) = run(of_rows, None, weight[:size], q_bias, temperature, None, 1)
-        return q, *run(x, None, weight[size:], kv_bias, 1.0, None, 2)
+            return run(x, learned, weight, bias, temperature, start, 3, size)
+        border = weight.shape[0] // 3
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:border], bias[border:])
+        (q,) = run(of_rows, None, weight[:border], q_bias, temperature, None, 1, size)
+        return q, *run(x, None, weight[border:], kv_bias, 1.0, None, 2, size)
 
     def _project_as_timm(self, x):
+        """q [B, N, H, d], k and v [B, N, H', d]."""
         attn = self.attn
         if attn.qkv is None:
-            return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-        if getattr(attn, "q_bias", None) is None:
-            return attn.qkv(x).chunk(3, dim=-1)
-        return F.linear(x, attn.qkv.weight, self._bias()).chunk(3, dim=-1)
+            parts = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        elif getattr(attn, "q_bias", None) is None:
+            parts = attn.qkv(x).chunk(3, dim=-1)
+        else:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+            parts = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
+        return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
     def _rotated(self, t, rope, first):
         """t [B, M, H, d], tokens `first` on, with those after the prefix rotated by rope."""

@@ -121,6 +121,7 @@ prompt_gate_linear_token_fwd_ = ranged(
 )
 prompt_gate_bwd_ = ranged("prompt_gate_bwd_", _raw.prompt_gate_bwd_.default, length=5)
 scaled_dot = ranged("scaled_dot", _raw.scaled_dot.default)
+divide_rows = ranged("divide_rows", _raw.divide_rows.default)
 
 
 @torch.library.register_fake("gated_prompt::prompt_gate_fwd_")
@@ -165,6 +166,15 @@ def _(a, b, temperature):
         lambda: f"scaled_dot: a, b and temperature must be on one device, got {devices}",
     )
     return temperature.new_empty(temperature.shape)
+
+
+@torch.library.register_fake("gated_prompt::divide_rows")
+def _(weight, bias, temperature, rows, low, high, dtype):
+    return (
+        torch.empty_like(weight, dtype=dtype),
+        weight.new_empty((0,) if bias is None else bias.shape, dtype=dtype),
+        temperature.new_empty(temperature.shape),
+    )
 
 
 @torch.library.custom_op("gated_prompt::copy_rows", mutates_args=())

@@ -32,8 +32,7 @@ KINDS = {
     "optimiser": (r"Optimizer\.[^/]+",),
     "gate": (r"PromptGate(?:Linear)?Function(?:Backward)?", r"gated_prompt::prompt_gate_\w+"),
     "temperature": (  # its gradient, and the weights of the queries over it
-        r"gated_prompt::scaled_dot",
-        r"_FrozenProjection(?:Backward)?/aten::(?:clamp|div|copy_)",
+        r"gated_prompt::(?:scaled_dot|divide_rows)",
         r"_TemperedQuery(?:Backward)?",
     ),
     "attention": (r"aten::\w*scaled_dot_product\w*", r"_fMHA(?:Backward)?"),  # xformers'

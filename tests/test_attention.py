@@ -297,7 +297,7 @@ def test_folded_projection_has_first_and_second_derivatives():
     tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
 
     def function(x, tau):
-        return attention._FrozenProjection.apply(x, None, weight, bias, tau, None, 3)
+        return attention._FrozenProjection.apply(x, None, weight, bias, tau, None, 3, 2)
 
     torch.autograd.gradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
     torch.autograd.gradgradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)

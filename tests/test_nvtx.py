@@ -110,6 +110,7 @@ def test_without_the_variable_nothing_is_wrapped():
     assert ops.prompt_gate_linear_token_fwd_ is raw.prompt_gate_linear_token_fwd_.default
     assert ops.prompt_gate_bwd_ is raw.prompt_gate_bwd_.default
     assert attention.scaled_dot is ops.scaled_dot is raw.scaled_dot.default
+    assert attention.divide_rows is ops.divide_rows is raw.divide_rows.default
     for name, function in attention._KERNELS.items():
         assert function in (attention._sdpa, attention._math, attention._xformers_attention), name
 
@@ -141,13 +142,18 @@ def test_ops_are_named_by_shape_and_dtype(ranges):
 def test_a_step_of_a_wrapped_vit(ranges):
     timm_or_skip()
     gate, cls = "[2, 8, 64] P=3 float32", "[2, 1, 2, 32] float32"
+    fold = "divide_rows [64, 64] float32"
     sdpa = [
+        "divide_rows [192, 64] float32",
         "attention sdpa [2, 8, 2, 32] float32",
         f"prompt_gate_fwd_ {gate}",
+        fold,
         f"attention sdpa {cls}",  # in the last block the class token alone asks
-        "scaled_dot [2, 1, 64] float32",
+        f"scaled_dot {cls}",
+        fold,
         f"prompt_gate_bwd_ {gate}",
-        "scaled_dot [2, 8, 64] float32",
+        "scaled_dot [2, 8, 2, 32] float32",
+        fold,
     ]
     assert ranges("step()", "step(attention='math')", "step(compiled=True)") == [
         sdpa,

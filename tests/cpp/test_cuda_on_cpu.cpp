@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cases.h"
+#include "divide_rows.h"
 #include "scaled_dot_cases.h"
 #include "vec.cuh"
 
@@ -147,6 +148,75 @@ void test_scaled_dot() {
   check_dot(DotCall({{5, 300, 32, 45}, dense, gaps}, {kBF16, kBF16}, kF64));
 }
 
+// ---- divide_rows ----
+
+struct DivideCase {
+  int64_t rows, columns, divided;  // rows that are divided
+  int64_t offset;                  // elements from an aligned address
+};
+constexpr DivideCase kDivideCases[] = {
+    {0, 4, 0, 0},     {1, 1, 1, 0},     {6, 8, 2, 0},      {6, 8, 2, 1},
+    {6, 8, 6, 0},     {6, 7, 3, 0},     {24, 16, 8, 0},    {24, 16, 0, 0},
+    {300, 4, 100, 2}, {192, 64, 64, 0}, {768, 33, 256, 0},
+};
+
+// Weight, bias and the temperature as one row each, after as many guards as `offset` says.
+Tensor flat(int64_t size, int64_t offset, DType dtype, unsigned seed) {
+  return Tensor({1, 1, size}, {0, 0, 1, offset}, dtype, seed);
+}
+
+void check_divide(const DivideCase& c, DType from, DType to, DType temperature_dtype) {
+  context = "divide_rows " + std::to_string(c.rows) + " x " + std::to_string(c.columns) + " from " +
+            std::to_string(int(from)) + " to " + std::to_string(int(to));
+  const int64_t size = c.rows * c.columns;
+  struct Call {
+    Tensor weight, bias, temperature, new_weight, new_bias, clamped;
+  };
+  const Call start{flat(size, c.offset, from, 1),    flat(c.rows, c.offset, from, 2),
+                   flat(1, 0, temperature_dtype, 3), flat(size, c.offset, to, 4),
+                   flat(c.rows, c.offset, to, 5),    flat(1, 0, temperature_dtype, 6)};
+  const auto params = [&](Call& call) {
+    DivideParams p{};
+    p.weight = {call.weight.rows().data, call.new_weight.rows().data, size, c.divided * c.columns};
+    p.bias = {call.bias.rows().data, call.new_bias.rows().data, c.rows, c.divided};
+    p.from = from, p.to = to, p.temperature_dtype = temperature_dtype;
+    p.temperature = call.temperature.rows().data, p.clamped = call.clamped.rows().data;
+    p.low = 0.01, p.high = 10;
+    return p;
+  };
+  Call wanted = start;
+  const DivideParams p = params(wanted);
+  clamp_cpu(p);
+  for (int64_t begin = 0; begin < size + c.rows; begin += 37) {
+    divide_rows_cpu(p, begin, smaller(begin + 37, size + c.rows));
+  }
+  const double t = wanted.clamped.at(0, 0, 0);
+  for (int64_t i = 0; i < size; ++i) {
+    const double exact = start.weight.at(0, 0, i) / (i < c.divided * c.columns ? t : 1);
+    const double bound = epsilon(to) * std::fabs(exact) + (to == kF16 ? 0x1p-24 : 0);
+    CHECK(std::fabs(wanted.new_weight.at(0, 0, i) - exact) <= bound, "element %d: %g, not %g",
+          int(i), wanted.new_weight.at(0, 0, i), exact);
+  }
+  for (const unsigned seed : seeds) {
+    cuda_on_cpu::seed = seed;
+    Call got = start;
+    CHECK(launch_divide_rows(params(got), nullptr) == 0, "launch");
+    check_same(got.weight, start.weight, "weight");
+    check_same(got.new_weight, wanted.new_weight, "new weight");
+    check_same(got.new_bias, wanted.new_bias, "new bias");
+    check_same(got.clamped, wanted.clamped, "clamped");
+  }
+}
+
+void test_divide_rows() {
+  constexpr DType kTemperatures[] = {kF32, kF64, kBF16, kF16};
+  size_t turn = 0;
+  for (const DivideCase& c : kDivideCases) {
+    for (const DType type : kTemperatures) check_divide(c, type, type, kTemperatures[turn++ % 4]);
+    for (const DType to : {kBF16, kF16}) check_divide(c, kF32, to, kTemperatures[turn++ % 4]);
+  }
+}
+
 // ---- laws over the tables ----
 
 void test_forward() {
@@ -275,5 +345,6 @@ int main(int argc, char** argv) {
                      {"scalar", test_scalar},
                      {"many_blocks", test_many_blocks},
                      {"scaled_dot", test_scaled_dot},
+                     {"divide_rows", test_divide_rows},
                  });
 }

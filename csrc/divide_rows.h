@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// What bindings, CPU kernels and CUDA kernels of divide_rows agree on. No torch and no CUDA header
+// here.
+//
+//   weight' = weight / t in its first rows, weight in the others; bias' alike; t' = t
+//
+// with t = clamp(temperature, low, high), computed in float32 (float64 for float64) and rounded
+// once to another dtype, or to the same: a temperature that is folded into the weights of a linear
+// layer, whose first outputs are the queries.
+#pragma once
+
+#include <cstdint>
+
+#include "prompt_gate.h"
+
+namespace gated_prompt {
+
+// Contiguous.
+struct DivideOperand {
+  const void* source;
+  void* target;
+  int64_t size;     // elements
+  int64_t divided;  // so many of them, the first ones
+};
+
+struct DivideParams {
+  DivideOperand weight, bias;  // bias.size == 0: none
+  DType from, to;              // float32 to a 16-bit type, or equal
+  const void* temperature;     // one element
+  void* clamped;               // one element of that dtype: t
+  DType temperature_dtype;
+  double low, high;
+};
+
+// ---- CPU ----
+
+// Elements [begin, end) of weight and bias, one behind the other.
+void divide_rows_cpu(const DivideParams& params, int64_t begin, int64_t end);
+// Writes params.clamped.
+void clamp_cpu(const DivideParams& params);
+
+// ---- CUDA ----
+
+constexpr int kDividePacks = 4;  // of a thread, whose loads are in flight together
+
+struct DividePlan {
+  int64_t packs;        // of weight
+  int64_t weight_grid;  // blocks for them; those behind take an element of bias a thread
+  int64_t grid;         // blocks
+  int vector;           // elements in a pack: 16 bytes of the wider dtype, or one element
+};
+
+inline DividePlan plan_divide_rows(const DivideParams& p) {
+  const int wide = static_cast<int>(16 / item_size(p.from));
+  const auto fits = [&](const void* data, DType dtype) {
+    return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(wide * item_size(dtype)) == 0;
+  };
+  const DivideOperand& w = p.weight;
+  const bool packs =
+      w.size % wide == 0 && w.divided % wide == 0 && fits(w.source, p.from) && fits(w.target, p.to);
+  DividePlan plan{0, 0, 0, packs ? wide : 1};
+  plan.packs = w.size / plan.vector;
+  plan.weight_grid = ceil_div(plan.packs, kThreads * kDividePacks);
+  plan.grid = at_least_one(plan.weight_grid + ceil_div(p.bias.size, kThreads));
+  return plan;
+}
+
+// Returns a cudaError_t as int (0: success). stream is a cudaStream_t.
+int launch_divide_rows(const DivideParams& params, void* stream);
+
+}  // namespace gated_prompt
