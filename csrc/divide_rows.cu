@@ -48,9 +48,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = (first + k * kThreads) * kVector;
     if (start >= p.weight.size) break;
     const A own = start < p.weight.divided ? divisor : A(1);
-    Pack<U, kVector> out;
+    T before[kVector];
+    U after[kVector];
+    in[k].get(before);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) out.value[i] = divided<U>(widen(in[k].value[i]), own);
+    for (int i = 0; i < kVector; ++i) after[i] = divided<U>(widen(before[i]), own);
+    Pack<U, kVector> out;
+    out.set(after);
     out.store(static_cast<U*>(p.weight.target) + start);
   }
 }

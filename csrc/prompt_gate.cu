@@ -37,9 +37,10 @@ template <class A, int kVector>
 __device__ __forceinline__ void read_pack(const Rows& rows, int64_t offset, A (&values)[kVector]) {
   visit(rows.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto pack = Pack<T, kVector>::load(static_cast<const T*>(rows.data) + offset);
+    T stored[kVector];
+    Pack<T, kVector>::load(static_cast<const T*>(rows.data) + offset).get(stored);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = static_cast<A>(widen(pack.value[i]));
+    for (int i = 0; i < kVector; ++i) values[i] = static_cast<A>(widen(stored[i]));
   });
 }
 
@@ -48,11 +49,11 @@ __device__ __forceinline__ void write_pack(const Rows& rows, int64_t offset,
                                            const A (&values)[kVector]) {
   visit(rows.dtype, [&](auto type) {
     using T = decltype(type);
-    Pack<T, kVector> pack;
+    T stored[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      pack.value[i] = narrow<T>(static_cast<compute_t<T>>(values[i]));
-    }
+    for (int i = 0; i < kVector; ++i) stored[i] = narrow<T>(static_cast<compute_t<T>>(values[i]));
+    Pack<T, kVector> pack;
+    pack.set(stored);
     pack.store(static_cast<T*>(rows.data) + offset);
   });
 }
@@ -78,16 +79,21 @@ struct ForwardPack {
   __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
                                                    int64_t saved, G&& gate) {
     using A = compute_t<H>;
-    Pack<H, kVector> derivative;
+    H new_h[kVector], derivative[kVector];
+    X old_x[kVector];
+    h.get(new_h), x.get(old_x);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const A h_i = widen(h.value[i]), x_i = widen(x.value[i]);
+      const A h_i = widen(new_h[i]), x_i = widen(old_x[i]);
       const Gate<A> g = gate(i);
-      derivative.value[i] = narrow<H>(saved_derivative(p.mix, h_i, x_i));
-      h.value[i] = narrow<H>(update(g.value, h_i, input_weight(g, p.mix), x_i));
+      derivative[i] = narrow<H>(saved_derivative(p.mix, h_i, x_i));
+      new_h[i] = narrow<H>(update(g.value, h_i, input_weight(g, p.mix), x_i));
     }
+    h.set(new_h);
     h.store(at<H>(p.out, out));
-    if (p.saved.data != nullptr) derivative.store(at<H>(p.saved, saved));
+    if (p.saved.data == nullptr) return;
+    h.set(derivative);
+    h.store(at<H>(p.saved, saved));
   }
 };
 
@@ -110,18 +116,26 @@ struct BackwardPack {
   template <class G, class S>
   __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
                                                    int64_t in, G&& gate, S&& sum) {
-    Pack<X, kVector> grad_in;
+    H of_out[kVector], derivative[kVector], of_carrier[kVector];
+    X of_in[kVector];
+    grad.get(of_out), saved.get(derivative), carrier.get(of_carrier);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      A t = widen(grad.value[i]);
-      if (p.carrier.data != nullptr) t += widen(carrier.value[i]);
-      if (p.saved.data != nullptr) sum(i, widen(saved.value[i]) * t);
+      A t = widen(of_out[i]);
+      if (p.carrier.data != nullptr) t += widen(of_carrier[i]);
+      if (p.saved.data != nullptr) sum(i, widen(derivative[i]) * t);
       const Gate<A> g = gate(i);
-      grad_in.value[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
-      grad.value[i] = narrow<H>(g.value * t);
+      of_in[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
+      of_out[i] = narrow<H>(g.value * t);
     }
-    if (p.in.data != nullptr) grad_in.store(at<X>(p.in, in));
-    if (p.rescale) grad.store(at<H>(p.out, out));
+    if (p.in.data != nullptr) {
+      Pack<X, kVector> pack;
+      pack.set(of_in);
+      pack.store(at<X>(p.in, in));
+    }
+    if (!p.rescale) return;
+    grad.set(of_out);
+    grad.store(at<H>(p.out, out));
   }
 };
 
@@ -155,7 +169,8 @@ __device__ __forceinline__ void gate_sum_over_blocks(const PromptGateParams& p, 
 }
 
 // A sum for each channel of a strip, of the threads in the same lane of the warps of `blocks`
-// blocks.
+// blocks. The last block reads their partial sums 16 bytes a thread, in groups of threads that take
+// turns: one thread a channel would wait for hundreds of loads one after the other.
 template <class A, int kVector>
 __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p, bool is_bias,
                                                       RowIndex row, int64_t first_channel,
@@ -179,26 +194,51 @@ __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p,
   if (blocks > 1) {
     if (is_there) partials[int64_t(block) * kColumns + column] = static_cast<A>(total);
     if (!arrives_last(ticket, blocks)) return;
+    constexpr int kWide = 16 / sizeof(A), kGroups = kThreads / (kColumns / kWide);
+    __shared__ double group_sums[kGroups][kColumns];
+    const int group = column / (kColumns / kWide), start = column % (kColumns / kWide) * kWide;
+    double sums[kWide] = {};
+    for (unsigned i = group; i < blocks; i += kGroups) {
+      const auto* words =
+          reinterpret_cast<const Word<16>::type*>(partials + int64_t(i) * kColumns + start);
+      Pack<A, kWide> pack{{__ldcg(words)}};
+      A values_i[kWide];
+      pack.get(values_i);
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) sums[k] += static_cast<double>(values_i[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) group_sums[group][start + k] = sums[k];
+    __syncthreads();
     total = 0;
     if (is_there) {
-      for (unsigned i = 0; i < blocks; ++i) {
-        total += static_cast<double>(__ldcg(partials + int64_t(i) * kColumns + column));
-      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) total += group_sums[g][column];
     }
   }
   if (is_there) finish_sum(p, is_bias, row, first_channel + column, total);
 }
 
 // ---- by pack: one gate for a whole sample ----
+//
+// kOneRun: the P rows of a sample are one contiguous run in every tensor, and packs are the widest.
+// The gate is read behind the loads of the packs, so that these are the first to be under way.
 
-template <class H, class X, int kVector>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+// Position of pack `index` of sample b within Rows, in elements.
+template <int kVector, bool kOneRun>
+__device__ __forceinline__ int64_t place(const LaunchPlan& plan, const Rows& rows, int64_t b,
+                                         int64_t index) {
+  if (kOneRun) return b * rows.batch_stride + index * kVector;
+  return b * rows.batch_stride + pack_offset(plan, rows, index);
+}
+
+template <class H, class X, int kVector, bool kOneRun>
+__global__ void __launch_bounds__(kThreads, kOneRun ? 4 : kMinBlocks)
     prompt_gate_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
   using A = compute_t<H>;
-  const int64_t packs = plan.rows * plan.packs_per_row;
+  const int64_t packs = kOneRun ? plan.packs_per_row : plan.rows * plan.packs_per_row;
   const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
   for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
     for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
          first < packs; first += step) {
       ForwardPack<H, X, kVector> pack[kPacksInFlight];
@@ -206,33 +246,37 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index < packs) {
-          pack[k].load(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
-                       b * p.in.batch_stride + pack_offset(plan, p.in, index));
+          pack[k].load(p, place<kVector, kOneRun>(plan, p.out, b, index),
+                       place<kVector, kOneRun>(plan, p.in, b, index));
         }
       }
+      const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index >= packs) break;
-        pack[k].update_and_store(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
-                                 b * p.saved.batch_stride + pack_offset(plan, p.saved, index),
+        pack[k].update_and_store(p, place<kVector, kOneRun>(plan, p.out, b, index),
+                                 place<kVector, kOneRun>(plan, p.saved, b, index),
                                  [&](int) { return gate; });
       }
     }
   }
 }
 
-template <class H, class X, int kVector>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+// As many blocks an SM as ptxas 13.0 fits without spills (make resources). Not yet tuned on a GPU.
+template <class H, int kVector, bool kOneRun>
+constexpr int kMinBlocksBackward = kOneRun && sizeof(H) * kVector == 16 ? 4 : 2;
+
+template <class H, class X, int kVector, bool kOneRun>
+__global__ void __launch_bounds__(kThreads, kMinBlocksBackward<H, kVector, kOneRun>)
     prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
                            double* partials) {
   using A = compute_t<H>;
-  const int64_t packs = plan.rows * plan.packs_per_row;
+  const int64_t packs = kOneRun ? plan.packs_per_row : plan.rows * plan.packs_per_row;
   const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
   const bool reduces = p.grad_logit.data != nullptr;
   A sum = A(0);
   for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
     for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
          first < packs; first += step) {
       BackwardPack<H, X, kVector> pack[kPacksInFlight];
@@ -240,18 +284,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index < packs) {
-          pack[k].load(p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
-                       b * p.saved.batch_stride + pack_offset(plan, p.saved, index),
-                       b * p.carrier.batch_stride + pack_offset(plan, p.carrier, index));
+          pack[k].load(p, place<kVector, kOneRun>(plan, p.out, b, index),
+                       place<kVector, kOneRun>(plan, p.saved, b, index),
+                       place<kVector, kOneRun>(plan, p.carrier, b, index));
         }
       }
+      const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
 #pragma unroll
       for (int k = 0; k < kPacksInFlight; ++k) {
         const int64_t index = first + k * kThreads;
         if (index >= packs) break;
         pack[k].update_and_store(
-            p, b * p.out.batch_stride + pack_offset(plan, p.out, index),
-            b * p.in.batch_stride + pack_offset(plan, p.in, index), [&](int) { return gate; },
+            p, place<kVector, kOneRun>(plan, p.out, b, index),
+            place<kVector, kOneRun>(plan, p.in, b, index), [&](int) { return gate; },
             [&](int, A product) { sum += product; });
       }
     }
@@ -427,11 +472,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     A dot = A(0);
     for (int64_t pack = lane; pack < plan.packs_per_row; pack += 32) {
       const int64_t channel = pack * kVector;
-      const auto h = Pack<H, kVector>::load(at<const H>(p.out, pack_at(p.out, row, channel)));
+      H h[kVector];
+      Pack<H, kVector>::load(at<const H>(p.out, pack_at(p.out, row, channel))).get(h);
       A weights[kVector];
       read_pack(p.weight, channel * p.weight.channel_stride, weights);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) dot += widen(h.value[k]) * weights[k];
+      for (int k = 0; k < kVector; ++k) dot += widen(h[k]) * weights[k];
     }
     const A logit = __shfl_sync(0xffffffffu, warp_sum(dot), 0) + bias;
     if (lane == 0 && p.logit.data != nullptr) write(p.logit, offset_of(p.logit, row), logit);
@@ -459,16 +505,24 @@ int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, voi
                         static_cast<unsigned>(plan.grid_z));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
+  constexpr int kNarrowest = sizeof(H) < sizeof(X) ? sizeof(H) : sizeof(X);
+  constexpr bool kIsWidest = kVector == 16 / kNarrowest;
+  const bool is_one_run = kIsWidest && plan.rows == 1;
   auto* const tickets = static_cast<unsigned*>(workspace);
   void* const partials =
       workspace == nullptr ? nullptr : static_cast<char*>(workspace) + kTicketBytes;
   if (p.weight.data != nullptr) {
     cudaLaunchKernelEx(&config, prompt_gate_linear_token_fwd_kernel<H, X, kVector>, p, plan);
   } else if (!plan.by_segment && !backward) {
-    cudaLaunchKernelEx(&config, prompt_gate_fwd_kernel<H, X, kVector>, p, plan);
+    cudaLaunchKernelEx(&config,
+                       is_one_run ? prompt_gate_fwd_kernel<H, X, kVector, kIsWidest>
+                                  : prompt_gate_fwd_kernel<H, X, kVector, false>,
+                       p, plan);
   } else if (!plan.by_segment) {
-    cudaLaunchKernelEx(&config, prompt_gate_bwd_kernel<H, X, kVector>, p, plan, tickets,
-                       static_cast<double*>(partials));
+    cudaLaunchKernelEx(&config,
+                       is_one_run ? prompt_gate_bwd_kernel<H, X, kVector, kIsWidest>
+                                  : prompt_gate_bwd_kernel<H, X, kVector, false>,
+                       p, plan, tickets, static_cast<double*>(partials));
   } else if (!backward) {
     cudaLaunchKernelEx(&config,
                        p.by_channel ? prompt_gate_segment_fwd_kernel<H, X, kVector, true>
@@ -531,6 +585,7 @@ int launch_prompt_gate_bwd(const PromptGateParams& params, void* workspace, void
 int is_stream_capturing(void* stream, bool* capturing) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) cudaGetLastError();  // it is reported here, not at the next launch
   *capturing = status != cudaStreamCaptureStatusNone;
   return static_cast<int>(error);
 }

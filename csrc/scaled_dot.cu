@@ -33,8 +33,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kPacksInFlight; ++k) {
       if (first + k * kThreads >= plan.packs) break;
+      T of_a[kVector];
+      U of_b[kVector];
+      a[k].get(of_a), b[k].get(of_b);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum += widen(a[k].value[i]) * widen(b[k].value[i]);
+      for (int i = 0; i < kVector; ++i) sum += widen(of_a[i]) * widen(of_b[i]);
     }
   }
   sum_over_blocks(sum, gridDim.x, blockIdx.x, ticket, partials, [&](double total) {

@@ -26,32 +26,33 @@ struct Word<16> {
   using type = uint4;
 };
 
-// kCount elements of T, moved in words of up to 16 bytes. Stores go through __stwb, an ordinary
-// store that stays whole: nvcc 13.0 splits some of what is written as an assignment (seen in SASS).
+// kCount elements of T, moved in words of up to 16 bytes. They stay words until `get`: as elements,
+// a 16-bit pack would be split up, and so waited for, where it is loaded (seen in SASS). Stores go
+// through __stwb, an ordinary store that stays whole: nvcc 13.0 splits some of what is written as
+// an assignment (seen in SASS).
 template <class T, int kCount>
 struct Pack {
   static constexpr int kWordBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;
   static constexpr int kWords = sizeof(T) * kCount / kWordBytes;
   using word_t = typename Word<kWordBytes>::type;
 
-  T value[kCount];
+  word_t words[kWords];
 
   __device__ __forceinline__ static Pack load(const T* source) {
     Pack pack;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const word_t word = reinterpret_cast<const word_t*>(source)[i];
-      memcpy(reinterpret_cast<char*>(pack.value) + i * kWordBytes, &word, kWordBytes);
-    }
+    for (int i = 0; i < kWords; ++i) pack.words[i] = reinterpret_cast<const word_t*>(source)[i];
     return pack;
   }
   __device__ __forceinline__ void store(T* target) const {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      word_t word;
-      memcpy(&word, reinterpret_cast<const char*>(value) + i * kWordBytes, kWordBytes);
-      __stwb(reinterpret_cast<word_t*>(target) + i, word);
-    }
+    for (int i = 0; i < kWords; ++i) __stwb(reinterpret_cast<word_t*>(target) + i, words[i]);
+  }
+  __device__ __forceinline__ void get(T (&values)[kCount]) const {
+    memcpy(values, words, sizeof(words));
+  }
+  __device__ __forceinline__ void set(const T (&values)[kCount]) {
+    memcpy(words, values, sizeof(words));
   }
 };
 
@@ -100,13 +101,14 @@ __device__ __forceinline__ A block_sum(A value) {
 // Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
 __device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
   __shared__ bool is_last;
-  __threadfence();  // each thread's partial sums before the ticket
   __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  if (threadIdx.x == 0) {  // its fences serve the block: they are cumulative over __syncthreads
+    __threadfence();       // the partial sums before the ticket
+    is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();  // the tickets before the partial sums
+  }
   __syncthreads();
-  const bool result = is_last;
-  __threadfence();  // the tickets before the partial sums
-  return result;
+  return is_last;
 }
 
 // Calls finish(total) in one thread, with the sum of `value` over the threads of `blocks` blocks;
