@@ -293,6 +293,10 @@ def is_traced(*tensors: Tensor | None) -> bool:
 def _require_writable(op, block_out, rows, carrier, **gate) -> None:
     """Raises where the result can't be in place; autograd itself does so only after the write."""
     require_kernels(op, block_out.device)
+    if torch.is_grad_enabled() and block_out.requires_grad and not block_out.is_leaf:
+        is_odd = block_out._is_view() or block_out.is_neg() or block_out.is_inference()
+        if not is_odd and not any(t is not None and t.is_inference() for t in gate.values()):
+            return  # the usual case
     tensors = [t for t in (rows, carrier, *gate.values()) if t is not None]
     if block_out.is_inference() and not torch.is_inference_mode_enabled():
         problem = "an inference tensor, outside inference mode"
@@ -343,7 +347,9 @@ def _checked(op, block_out, block_in, start, length, rule, carrier=None, **gate)
         if name != "bias" or tensor is not None:
             _check_tensor(op, name, tensor, block_out)
     for name, value in (("start", start), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if type(value) is not int and (
+            isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
+        ):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if rule not in RULES:
         raise ValueError(f"{op}: rule must be 'mix' or 'residual', got {rule!r}")
@@ -388,7 +394,7 @@ def _checked(op, block_out, block_in, start, length, rule, carrier=None, **gate)
             )
     if "gate_logit" in gate:
         shape = gate["gate_logit"].shape
-        if len(shape) > 0 and not _broadcasts(shape, (batch, length, dim)):
+        if len(shape) > 0 and shape != (1,) and not _broadcasts(shape, (batch, length, dim)):
             raise ValueError(
                 f"{op}: gate_logit must broadcast to [B, P, D] = {[batch, length, dim]}, "
                 f"got {list(shape)}"
@@ -408,6 +414,11 @@ def _checked(op, block_out, block_in, start, length, rule, carrier=None, **gate)
 
 
 def _check_tensor(op, name, tensor, block_out) -> None:
+    is_dense = (
+        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+    )
+    if is_dense and tensor.dtype in DTYPES and tensor.device == block_out.device:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

@@ -101,13 +101,14 @@ class PromptGate(nn.Module):
 
         carrier: see `gated_prompt.prompt_gate_`; with one, a pair is returned.
         """
-        gate = (self.logit,) if self.weight is None else (self.weight, self.bias)
+        logit = self.logit
+        gate = (self.weight, self.bias) if logit is None else (logit,)
         arguments = (block_out, block_in, *gate, start, length, self.rule)
         if not torch.compiler.is_compiling():
-            function = prompt_gate_ if self.weight is None else prompt_gate_linear_
+            function = prompt_gate_linear_ if logit is None else prompt_gate_
             return function(*arguments, carrier=carrier)
         # a compiler fuses the out-of-place form into the ops around it, carriers or not
-        out = (prompt_gate if self.weight is None else prompt_gate_linear)(*arguments)
+        out = (prompt_gate_linear if logit is None else prompt_gate)(*arguments)
         return out if carrier is None else (out, out[:, start : start + length])
 
     def extra_repr(self) -> str:

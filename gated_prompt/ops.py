@@ -293,7 +293,7 @@ class PromptGateFunction(torch.autograd.Function):
     def forward(ctx, block_out, rows, carrier, carries, gate_logit, start, length, mix, save):
         saved = prompt_gate_fwd_(block_out, rows, gate_logit, start, length, mix, save)
         ctx.save_for_backward(saved, gate_logit)
-        return _outputs(ctx, block_out, rows, carries, start, length, mix)
+        return _outputs(ctx, block_out, rows, saved, carries, start, length, mix)
 
     @staticmethod
     def backward(ctx, grad_out, grad_carrier=None):
@@ -327,7 +327,7 @@ class PromptGateLinearFunction(torch.autograd.Function):
                 saved = h
         # for the rule residual, `saved` is h itself
         ctx.save_for_backward(logit, saved, weight, *((h,) if save_rows and mix else ()))
-        return _outputs(ctx, block_out, rows, carries, start, length, mix)
+        return _outputs(ctx, block_out, rows, saved, carries, start, length, mix)
 
     @staticmethod
     def backward(ctx, grad_out, grad_carrier=None):
@@ -343,13 +343,17 @@ def linear_logit(h, weight, bias):
         return torch.nn.functional.linear(h.to(dtype), weight.to(dtype), bias)
 
 
+def _is_autocast(device_type):
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def no_autocast(device_type):
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not _is_autocast(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
-def _outputs(ctx, block_out, rows, carries, start, length, mix):
+def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
     if _Probe.counts is None:
         _measure_counts()
     ctx.mark_dirty(block_out)
@@ -358,28 +362,35 @@ def _outputs(ctx, block_out, rows, carries, start, length, mix):
     if not carries:
         return block_out
     ctx.like = block_out.shape, block_out.dtype, block_out.device
+    if saved.shape == rows.shape:  # whatever has the shape serves as a carrier
+        return block_out, saved.detach()
     return block_out, block_out.new_empty(()).expand(rows.shape)
 
 
 def _backward(ctx, grad_out, grad_carrier, counts, gradients):
-    need_out, need_rows, need_carrier = ctx.needs_input_grad[:3]
-    incoming = [grad for grad in (grad_out, grad_carrier) if grad is not None]
-    if not incoming:
-        return (None,) * len(ctx.needs_input_grad)
-    if grad_out is None:  # of the sequence nothing was used but its carrier
-        shape, dtype, device = ctx.like
+    needs = ctx.needs_input_grad
+    if grad_out is None:
+        if grad_carrier is None:
+            return (None,) * len(needs)
+        shape, dtype, device = ctx.like  # of the sequence nothing was used but its carrier
         grad_out = torch.zeros(shape, dtype=dtype, device=device)
-    is_batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in incoming)
-    if need_out and not is_batched and not _is_reusable(grad_out, counts):
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_out) or (
+        grad_carrier is not None and torch._C._functorch.is_legacy_batchedtensor(grad_carrier)
+    )
+    if needs[0] and not is_batched and not _is_reusable(grad_out, counts):
         # its rows are rescaled in place
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-    given = (ctx, grad_out.resolve_neg(), grad_carrier, need_out, need_rows or need_carrier)
+    given = (ctx, grad_out.resolve_neg(), grad_carrier, needs[0], needs[1] or needs[2])
     bwd = functools.partial(_bwd_in_aten if is_batched else _bwd_kernel, *given)
-    with torch.no_grad(), no_autocast(grad_out.device.type):
+    device_type = grad_out.device.type
+    if torch.is_grad_enabled() or _is_autocast(device_type):
+        with torch.no_grad(), no_autocast(device_type):
+            grad_out, grad_in, *of_gate = gradients(ctx, bwd)
+    else:
         grad_out, grad_in, *of_gate = gradients(ctx, bwd)
     grads = [grad_out, grad_in, grad_in, None, *of_gate]
-    grads += [None] * (len(ctx.needs_input_grad) - len(grads))
-    grads = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True)]
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    grads += [None] * (len(needs) - len(grads))
     if torch.is_grad_enabled():  # create_graph=True
         anchor = torch.empty((), requires_grad=True)
         guarded = _NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None))
