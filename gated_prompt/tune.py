@@ -44,6 +44,8 @@ class TuneConfig:
     cache_features: bool = False
     """Compute the frozen features once and train the head on them. For method "linear", and only
     where the dataset gives the same image every time (no augmentation)."""
+    cuda_graph: bool = False
+    """Run forward and backward of whole batches as one CUDA graph, see `GraphedStep`."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -77,7 +79,8 @@ def tune(
         The mean training loss of each epoch.
 
     Raises:
-        ValueError: train_set is empty, or cache_features with a method that is not "linear".
+        ValueError: train_set is empty, cache_features with a method that is not "linear", or
+            cuda_graph with a model that is not on a GPU.
         RuntimeError: The loss is nan or inf. Raised before the step, so what is tuned is as the
             last good step left it.
     """
@@ -89,6 +92,8 @@ def tune(
             "change with every step"
         )
     device = next(model.parameters()).device
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"tune: cuda_graph needs a model on a CUDA GPU, got one on {device}")
     optimizer = torch.optim.SGD(
         model.param_groups(
             lr=config.lr,
@@ -108,12 +113,16 @@ def tune(
     order = torch.Generator().manual_seed(config.seed)
     loader = DataLoader(train_set, config.batch_size, shuffle=True, generator=order)
     model.train()
-    losses = []
+    losses, step = [], None
     with seeded(config.seed, device):
         for epoch in range(1, config.epochs + 1):
             total = 0.0
             for images, labels in loader:
-                loss = F.cross_entropy(network(images.to(device)), labels.to(device))
+                batch = images.to(device), labels.to(device)
+                if step is None:
+                    is_graphed = config.cuda_graph and len(images) == config.batch_size
+                    step = GraphedStep(network, *batch) if is_graphed else _EagerStep(network)
+                loss = step(*batch)
                 value = loss.item()
                 if not math.isfinite(value):
                     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -122,8 +131,6 @@ def tune(
                         f"rates {rates}; stopped before the step. Lower them, or look for nan and "
                         "inf in the images"
                     )
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
                 total += value * len(labels)
             schedule.step()
@@ -131,6 +138,82 @@ def tune(
             if progress is not None:
                 progress(epoch, losses[-1])
     return losses
+
+
+class _EagerStep:
+    """The loss of a batch; its gradients go to .grad, in place of what was there."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss = F.cross_entropy(self.network(images), labels)
+        loss.backward()
+        return loss.detach()
+
+
+class GraphedStep(_EagerStep):
+    """Forward, cross-entropy and gradients of a batch as one CUDA graph.
+
+    Where a batch is small, the host takes longer to launch the kernels of a step, one by one, than
+    the GPU takes to run them; a graph is one launch. The optimiser stays outside:
+
+        step = GraphedStep(model, images, labels)  # a first batch: its shapes count
+        for images, labels in batches:
+            loss = step(images, labels)
+            optimizer.step()
+
+    Prompt dropout draws new numbers at each call. What the graph has fixed: the shapes, the mode
+    (train or eval), the context (autocast) and which parameters are tuned.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor):
+        """Captures a step of `network` on copies of these images and labels, after three others
+        that warm it up; no parameter is changed.
+
+        Raises:
+            RuntimeError: under autocast with its cache, of which the graph would keep the weights
+                of today.
+        """
+        is_autocast = torch.is_autocast_enabled(images.device.type)
+        if is_autocast and torch.is_autocast_cache_enabled():
+            raise RuntimeError(
+                "GraphedStep: autocast must be without its cache, which would freeze what is "
+                "tuned: torch.autocast(..., cache_enabled=False)"
+            )
+        super().__init__(network)
+        self.images, self.labels = images.clone(), labels.clone()
+        self.replay, self.loss = self._capture()
+        self.grads = [parameter.grad for parameter in self.parameters]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss []; the gradients are in .grad, until the next call. A batch of other shapes,
+        such as a last one that is not full, runs without the graph."""
+        if images.shape != self.images.shape or labels.shape != self.labels.shape:
+            return super().__call__(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.replay()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return self.loss.clone()
+
+    def _capture(self) -> tuple[Callable[[], None], Tensor]:
+        """What replays the step on self.images and self.labels; its loss, which that writes."""
+        device, run = self.images.device, super().__call__
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(self.images, self.labels)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            loss = run(self.images, self.labels)
+        return graph.replay, loss
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

@@ -13,7 +13,9 @@ timm_or_skip()
 from timm.models.vision_transformer import VisionTransformer
 
 import gated_prompt as gp
+from gated_prompt import tune as tuning
 from gated_prompt.tune import (
+    GraphedStep,
     TuneConfig,
     evaluate,
     pooled_features,
@@ -187,3 +189,102 @@ def test_each_group_is_tuned_at_its_own_rate(wrapped, train_set):
 def test_config_refuses_what_it_cannot_mean(field, message):
     with pytest.raises(ValueError, match=message):
         TuneConfig(**field)
+
+
+# ---- a CUDA graph of the step ----
+
+
+@pytest.fixture
+def capture_on_cpu(monkeypatch):
+    """In place of a capture: a replay runs anew and writes into the memory of the first run."""
+
+    def capture(self):
+        run = tuning._EagerStep(self.network)
+        loss = run(self.images, self.labels)
+        grads = [p.grad for p in self.parameters]
+
+        def replay():
+            self.replays = getattr(self, "replays", 0) + 1
+            there = [p.grad for p in self.parameters]  # a graph knows its own memory alone
+            loss.copy_(run(self.images, self.labels))
+            for grad, parameter, old in zip(grads, self.parameters, there, strict=True):
+                grad.copy_(parameter.grad)
+                parameter.grad = old
+
+        return replay, loss
+
+    monkeypatch.setattr(GraphedStep, "_capture", capture)
+
+
+def steps(model, batches, step):
+    """The losses, and what is tuned afterwards."""
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.1), momentum=0.9)
+    losses = []
+    for images, labels in batches:
+        losses.append(step(images, labels))
+        optimizer.step()
+    return torch.stack(losses).cpu(), tuned_parameters(model.cpu())
+
+
+def batches_of(train_set, device="cpu"):
+    """Whole ones with a short one among them."""
+    images, labels = (t.to(device) for t in train_set.tensors)
+    return [(images[i:j], labels[i:j]) for i, j in ((0, 16), (16, 32), (32, 37), (34, 50), (1, 17))]
+
+
+def check_graphed_step(wrapped, train_set, device, tolerance):
+    results = []
+    for make in (lambda model, *batch: tuning._EagerStep(model), GraphedStep):
+        model = wrapped("gpt").to(device)
+        model.prompts.dropout.p = 0.0
+        batches = batches_of(train_set, device)
+        before = tuned_parameters(model)
+        step = make(model, *batches[0])
+        for name, parameter in tuned_parameters(model).items():
+            assert torch.equal(parameter, before[name]), name
+        results.append(steps(model, batches, step))
+    (losses, tuned), (graphed_losses, graphed) = results
+    torch.testing.assert_close(graphed_losses, losses, rtol=tolerance, atol=0)
+    for name, parameter in graphed.items():
+        torch.testing.assert_close(parameter, tuned[name], rtol=tolerance, atol=tolerance)
+    return step
+
+
+def test_a_graphed_step_is_the_eager_step(wrapped, train_set, capture_on_cpu):
+    step = check_graphed_step(wrapped, train_set, "cpu", 0)
+    assert step.replays == 4  # of five batches
+
+
+def test_losses_of_a_graphed_step_stay(wrapped, train_set, capture_on_cpu):
+    batches = batches_of(train_set)
+    step = GraphedStep(wrapped("gpt"), *batches[0])
+    losses = [step(*batch) for batch in batches[:2]]
+    assert losses[0] != losses[1]
+
+
+def test_a_graphed_step_under_autocast_needs_it_without_cache(wrapped, train_set, capture_on_cpu):
+    model, batch = wrapped("gpt").eval(), batches_of(train_set)[0]  # eval: no dropout
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="cache_enabled"):
+        GraphedStep(model, *batch)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        step = GraphedStep(model, *batch)
+        assert torch.equal(step(*batch), step(*batch))
+
+
+def test_cuda_graph_without_a_gpu_is_refused(wrapped, train_set):
+    with pytest.raises(ValueError, match="tune: cuda_graph needs a model on a CUDA GPU, got one o"):
+        tune(wrapped("gpt"), train_set, TuneConfig(cuda_graph=True))
+
+
+@pytest.mark.cuda
+def test_a_graphed_step_on_cuda(wrapped, train_set):
+    check_graphed_step(wrapped, train_set, "cuda", 1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["linear", "gpt", "gpt-deep"])
+def test_tuning_by_a_cuda_graph(wrapped, train_set, method):
+    """With dropout, whose numbers differ from those of an eager run, the loss falls as well."""
+    model = wrapped(method).cuda()
+    losses = tune(model, train_set, TuneConfig(**{**vars(CONFIG), "cuda_graph": True}))
+    assert losses[-1] < losses[0]
