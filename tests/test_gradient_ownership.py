@@ -909,3 +909,49 @@ def test_threads_do_not_mix_up_their_gradients(unmeasured):
     wanted = [grad for seed in range(20) for grad in _two_gates_and_a_hook(seed)]
     for index in range(4):
         assert all(torch.equal(a, b) for a, b in zip(results[index], wanted, strict=True))
+
+
+# ---- on CUDA ----
+#
+# The counts are measured by a backward on the CPU, in the thread of the caller; on CUDA backwards
+# run in a thread of the engine's.
+
+
+def on_cuda(gate):
+    """A chain of two gates: where the gradients behind it, between them and before it will lie, and
+    what is to be differentiated."""
+    modules = [gp.PromptGate(gate, dim=D, num_prompts=P, init=0.3).cuda() for _ in range(2)]
+    x = torch.randn(B, N, D, device="cuda", requires_grad=True)
+    pointers, see = [], lambda grad: pointers.append(grad.data_ptr())
+    h = _Identity.apply(x, see) + 0
+    for module in modules:
+        h = _Identity.apply(module(h, x.detach(), 1, P), see) + 0
+    return pointers, h
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_on_cuda_write_into_a_gradient_of_their_own(gate, reused):
+    pointers, out = on_cuda(gate)
+    w = torch.randn(B, N, D, device="cuda")
+    (out * w).sum().backward()
+    assert reused == [True, True]
+    assert len(pointers) == 3
+    assert len(set(pointers)) == 1, "a copy was made of a gradient that nobody else has"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", GATES)
+def test_a_shared_gradient_on_cuda_stays(gate):
+    """Given by the caller; on its way to another node; kept by a hook."""
+    w = torch.randn(B, N, D, device="cuda")
+    given = w.clone()
+    on_cuda(gate)[1].backward(given)
+    assert torch.equal(given, w)
+    other = torch.randn(B, N, D, device="cuda", requires_grad=True)
+    ((on_cuda(gate)[1] + other) * w).sum().backward()
+    assert torch.equal(other.grad, w)
+    kept, out = [], on_cuda(gate)[1]
+    out.register_hook(kept.append)
+    (out * w).sum().backward()
+    assert torch.equal(kept[0], w)

@@ -795,6 +795,7 @@ def test_cuda_graph_replay_equals_eager(gate):
         return out, *torch.autograd.grad(out, of_gate, grad)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()
@@ -828,15 +829,15 @@ def test_side_stream_follows_its_own_order(gate):
 def test_backward_on_two_streams_at_once(gate):
     cases = [Case(64, 60, 768, 1, 50, logit=z, gate=gate, device="cuda") for z in (-1.0, 1.0)]
     wanted = [run_op(case).grads for case in cases]
+    inputs = [case.inputs() for case in cases]  # before the loop: it takes longer than backward
     streams = [torch.cuda.Stream() for _ in cases]
     for _ in range(20):
         got = []
-        for case, stream in zip(cases, streams, strict=True):
+        for (*tensors, grad), stream in zip(inputs, streams, strict=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                *tensors, grad = case.inputs()
-                leaves = [t.requires_grad_() for t in tensors]
-                out = function_of(gate, "new")(*leaves, 1, 50, case.rule)
+                leaves = [t.detach().requires_grad_() for t in tensors]
+                out = function_of(gate, "new")(*leaves, 1, 50)
                 got.append(torch.autograd.grad(out, leaves, grad))
         torch.cuda.synchronize()
         for a, b in zip(got, wanted, strict=True):
