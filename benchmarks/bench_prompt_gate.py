@@ -6,8 +6,8 @@
 how: "chain", in a chain of blocks (gates.Chain), beside the same chain without gates: over_us is
 what a gate costs where it is used, the figure that counts; "alone", one gate after the other
 (gates.Alone), beside ours: ratio is how many times longer a peer takes. On CUDA both also as CUDA
-graphs; alone, buffers rotate beyond four times the L2 (l2: "cold") or, where 256 of them are too
-small for that, do not ("warm").
+graphs; alone, forward is "forward, saving", with what backward needs, and buffers rotate beyond
+four times the L2 (l2: "cold") or, where 256 of them are too small for that, do not ("warm").
 
 gb_per_s: the bytes that the gate must move over the time that a row takes alone; a peer that moves
 more is not credited for it. How anything is timed: harness.py.
@@ -17,37 +17,51 @@ import functools
 
 import pytest
 from gates import Alone, Chain, Copy, Gemms, bytes_moved, l2_bytes
-from harness import PASSES, Graphed, label, race, timed_here
-from peers import COMPILED, PEERS
-from shapes import BATCH, chosen
+from harness import PASSES, TRAINING, Graphed, label, race, timed_here
+from peers import COMPACT, COMPILED, PEERS, TWO_CARRIERS
+from shapes import CALL, DEFAULT, chosen
 
 HOWS = ("chain", "alone", "chain, graph", "alone, graph")
 EXTRA_PEERS = {"chain": ("no gate", "no gate, compiled"), "alone": ("device copy", "bare GEMMs")}
 QUICK_PEERS = (
-    *("gated_prompt", "gated_prompt, carrier", "triton", "original"),
+    *("gated_prompt", *COMPACT, "triton", "original"),
     *("original, compiled", "slice_scatter, compiled", "no gate", "device copy", "bare GEMMs"),
+)
+LIMIT_PEERS = (TWO_CARRIERS, "device copy")
+GOAL_PEERS = (
+    *(*LIMIT_PEERS, "bare GEMMs", "gated_prompt, carrier", "triton", "triton, rows"),
+    *("original", "original, compiled"),
 )
 pytestmark = timed_here
 
 
 def rows(config, suite):
-    """(device, case, how, peer) of a suite."""
+    """(device, case, how, peer, which) of a suite."""
     for case in chosen(config, suite):
         for how in HOWS:
             if "graph" in how and case.device == "cpu":
                 continue
             for peer in (*PEERS, *EXTRA_PEERS[how.split(",")[0]]):
-                if runs(case, how, peer) and (
-                    config.getoption("all_peers") or by_default(case, how, peer)
-                ):
-                    yield case.device, case, how, peer
+                if not runs(case, how, peer):
+                    continue
+                if config.getoption("all_peers") or by_default(case, how, peer):
+                    for which in passes(config, case, how):
+                        yield case.device, case, how, peer, which
+
+
+def passes(config, case, how):
+    if case.device == "cpu" or "chain" in how:
+        return PASSES
+    return ("forward", *TRAINING) if config.getoption("all_peers") else TRAINING
 
 
 def runs(case, how, peer):
     is_linear = case.gate.startswith("linear")
     if peer == "bare GEMMs":
         return is_linear
-    if peer == "triton":
+    if peer in (TWO_CARRIERS, "triton, rows") and "chain" in how:
+        return False  # there they are as without
+    if peer == TWO_CARRIERS or peer.startswith("triton"):
         return case.device == "cuda" and not is_linear
     if peer.startswith("where"):
         return case.gate != "full"
@@ -55,19 +69,26 @@ def runs(case, how, peer):
 
 
 def by_default(case, how, peer):
-    """All rows of one case, the scalar gate of ViT-B; fewer of the others: it is compiling that
-    takes most of the time, and Triton's tuning."""
-    if case.gate == "scalar" and (case.batch, case.prompts) == (BATCH[case.device], 50):
-        return not peer.endswith("autotune") or case.device == "cuda"
+    """On CUDA what goals.py asks for; on the CPU all rows of one case, the scalar gate of ViT-B,
+    and fewer of the others. It is compiling that takes most of the time, and Triton's tuning."""
+    of_all = DEFAULT[case.device]["batch"], 50, "scalar"
+    is_reference = (case.batch, case.prompts, case.gate) == of_all
     if case.device == "cuda":
-        return "graph" in how and peer in QUICK_PEERS
+        if case.pixels == CALL["pixels"]:
+            return how == "alone" and peer in ("gated_prompt", "original")
+        few = case.gate in ("channel", "token", "sample")
+        return (is_reference and peer in QUICK_PEERS) or (
+            how == "alone, graph" and peer in (LIMIT_PEERS if few else GOAL_PEERS)
+        )
+    if is_reference:
+        return not peer.endswith("autotune")
     if "chain" in how:
         return case.gate == "scalar" and not peer.endswith(tuple(COMPILED))
     return peer in (*QUICK_PEERS, "slice assignment", "slice_scatter")
 
 
 def parametrize(metafunc, suite):
-    names = ("device", "case", "how", "peer")
+    names = ("device", "case", "how", "peer", "which")
     found = list(rows(metafunc.config, suite))
     metafunc.parametrize(names, found, indirect=["device"], ids=str)
 
@@ -91,17 +112,21 @@ def rival_of(how, peer):
     return "no gate" + next((mode for mode in COMPILED if peer.endswith(mode)), "")
 
 
-@pytest.mark.parametrize("which", PASSES)
-def test_prompt_gate(request, benchmark, device, case, how, peer, which):
+def names(case, how, peer, which):
+    """Of a row."""
     suite = "linear" if case.gate.startswith("linear") else "gate"
-    label(benchmark, suite=suite, case=case, how=how, which=which, peer=peer)
+    return {"suite": suite, "case": case, "how": how, "which": which, "peer": peer}
+
+
+def test_prompt_gate(request, benchmark, device, case, how, peer, which):
+    label(benchmark, **names(case, how, peer, which))
     rival, work = make(case, how, rival_of(how, peer)), make(case, how, peer)
     if peer.startswith("slice assignment,") and "alone" in how:
         reason = "compiled, the gate's gradient is that of the rows after they were overwritten"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     median = race(benchmark, work, rival, which)
     if "alone" in how:
-        moved = bytes_moved(case)[which]
+        moved = bytes_moved(case, peer)[which]
         benchmark.extra_info["bytes"] = moved
         benchmark.extra_info["gb_per_s"] = moved / median / 1e9
         if device == "cuda":

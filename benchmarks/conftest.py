@@ -3,6 +3,7 @@
 
 import ctypes
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def device(request):
 # ---- JSON ----
 
 DIGITS = {
+    "us": 3,
     "ratio": 4,
     "over_us": 3,
     "host_us": 2,
@@ -75,7 +77,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     build = ops.build_info()
     output_json |= {
         "command": "pytest " + shlex.join(_portable(config.invocation_params.args)),
-        "commit": _git("rev-parse", "HEAD") + "+" * bool(_git("status", "--porcelain")),
+        "commit": _commit(),
         "cpu": machine["cpu"].get("brand_raw", machine["processor"]),
         "threads": config.getoption("threads"),
         "gpu": _gpu(),
@@ -101,33 +103,40 @@ def _row(row):
 def _rounded(value, digits):
     if isinstance(value, list | tuple):
         return [_rounded(v, digits) for v in value]
-    return value if isinstance(value, str) else round(value, digits or None)
+    return value if isinstance(value, str | bool) else round(value, digits or None)
 
 
 def _portable(arguments):
     return [a for a in map(str, arguments) if not a.startswith("--benchmark-json")]
 
 
-def _git(*arguments):
-    root = Path(__file__).parent
-    run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    return run.stdout.strip()
+def _commit():
+    """HEAD, with a + where files have changed since; of a copy without .git, what it is told."""
+    commit = _printed("git", "rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("GATED_PROMPT_COMMIT") or "unknown"
+    return commit + "+" * bool(_printed("git", "status", "--porcelain"))
 
 
 def _gpu():
-    """Name, driver, clocks and power limit as nvidia-smi has them; None: no GPU."""
+    """What nvidia-smi knows of it, asked for one by one: a name that is new to it is left out, and
+    the rest is there. None: no GPU."""
     if not torch.cuda.is_available():
         return None
-    names = (
-        "name",
-        "driver_version",
-        "clocks.sm",
-        "clocks.mem",
-        "power.limit",
-        "clocks_throttle_reasons.active",
-    )
-    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    values = (
-        subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
-    )
-    return dict(zip(names, values, strict=True)) | {"cuda": torch.version.cuda}
+    names = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.limit")
+    found = {"cuda": torch.version.cuda}
+    for name in (*names, "clocks_event_reasons.active"):
+        text = _printed("nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader")
+        if text:
+            found[name] = text.splitlines()[0]
+    return found
+
+
+def _printed(*command):
+    """By a command; nothing where it is missing or fails: a run is not lost for that."""
+    where = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

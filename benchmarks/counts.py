@@ -5,7 +5,8 @@
 
 A dispatch mode looks at each op of a step of vit_peers' models on the meta device, where nothing is
 computed: exact, the same everywhere, no GPU needed. The models are in bfloat16 as a whole; SDPA is
-the flash kernel, as on a GPU; gradients are re-used by our gates, as they are in training.
+the flash kernel, in whose place torch may take cuDNN's on a Hopper GPU; gradients are re-used by
+our gates, as they are in training.
 """
 
 import gc
@@ -94,15 +95,20 @@ def allocated_bytes(model, images):
     got back. For compiled models, too."""
     gc.collect()
     if images.is_cuda:
-        before = torch.cuda.memory_allocated()
+        before = requested_bytes()
         held = model(images).sum()
         gc.collect()
-        return torch.cuda.memory_allocated() - before
+        return requested_bytes() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         held = model(images).sum()
         gc.collect()
     del held
     return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def requested_bytes(when="current"):
+    """Of CUDA memory, as asked for: the allocator gives whole blocks, which are up to 2 MB more."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
 # ---- ops, FLOPs, traffic ----

@@ -9,7 +9,8 @@ reports is of those pairs: what the machine does meanwhile meets both.
 
 Time is of one call: on the CPU, CPU time of the one thread (with --threads, time); on CUDA, time on
 the device between two events with a synchronisation after them, over `calls` calls one after the
-other.
+other. In eager mode that has the host in it wherever the device waits for it; CUDA graphs are
+handed over while the device still sleeps.
 """
 
 import math
@@ -29,6 +30,8 @@ except ModuleNotFoundError:  # ranges are for profilers; the numbers do not need
 
 
 PASSES = ("forward", "backward", "forward+backward")  # forward alone: without gradients
+TRAINING = ("forward, saving", *PASSES[1:])  # what backward needs is saved, as in a step
+AHEAD = 1_000_000  # cycles, half a millisecond: what the host may take to hand over two graphs
 
 
 def clock():
@@ -43,8 +46,8 @@ timed_here = pytest.mark.benchmark(timer=clock)
 class Timer:
     """Seconds on the device, and on CUDA those that the host took to hand the work over."""
 
-    def __init__(self, device):
-        self.is_cuda = device == "cuda"
+    def __init__(self, device, graphed=False):
+        self.is_cuda, self.graphed = device == "cuda", graphed
         self.of_host = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         if self.is_cuda:
             self.of_host = time.perf_counter
@@ -54,6 +57,8 @@ class Timer:
         """(seconds, host's seconds) of calling these."""
         if self.is_cuda:
             torch.cuda.synchronize()
+            if self.graphed:
+                torch.cuda._sleep(AHEAD)
             self.events[0].record()
         start = self.of_host()
         for function in functions:
@@ -88,20 +93,23 @@ class Work:
         self.inferred = self.result
 
 
-def assert_near(got, near, exact):
-    """At most twice as far from float64 as plain eager PyTorch, `near`, and some rounding."""
+def assert_near(got, near, exact, eps=0.0):
+    """At most twice as far from float64 as plain eager PyTorch, `near`, and some rounding, in
+    epsilons of the result or of what it was made of."""
     error, allowed = ((t.double() - exact).norm() / exact.norm() for t in (got, near))
     # 1e-4: Inductor's plain float32 sums over P D elements on a CPU (1.2e-5 was seen)
-    allowed = 2 * allowed + max(8 * torch.finfo(got.dtype).eps, 1e-4)
+    allowed = 2 * allowed + max(8 * torch.finfo(got.dtype).eps, 8 * eps, 1e-4)
     assert error < allowed, f"relative error {error:.3g}, at most {allowed:.3g}"
 
 
 def seconds(work, which, timer):
-    """(seconds, host's seconds) of a call of `work` in one of PASSES."""
+    """(seconds, host's seconds) of a call of `work` in one of PASSES or TRAINING."""
     work.prepare()
     with annotate(f"{work.name}/{which}"):
         if which == "forward":
             found = timer(work.infer)
+        elif which == "forward, saving":
+            found = timer(work.forward)
         elif which == "forward+backward":
             found = timer(work.forward, work.backward)
         else:
@@ -135,11 +143,11 @@ def label(benchmark, **names):
 def race(benchmark, work, rival, which, budget=0.2, most=200):
     """Times `work` beside `rival` in a pass, for about `budget` seconds each or `most` rounds.
 
-    extra_info gets, as [low, median, high], the ends of a 95 % interval around the median: ratio,
-    the work's time over its rival's; over_us, its time less its rival's; on CUDA host_us. Returns
-    the median of the work's seconds.
+    extra_info gets, as [low, median, high], the ends of a 95 % interval around the median: us, the
+    work's time; ratio, that over its rival's; over_us, that less its rival's; on CUDA host_us. And
+    whether torch was told to be deterministic. Returns the median of the work's seconds.
     """
-    timer = Timer(work.device)
+    timer = Timer(work.device, isinstance(work, Graphed))
     for contender in {work, rival}:
         check(contender)
         seconds(contender, which, timer)
@@ -158,9 +166,11 @@ def race(benchmark, work, rival, which, budget=0.2, most=200):
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=max(1, rounds // 10))
     own, host, others = zip(*pairs[-rounds:], strict=True)
     info = benchmark.extra_info
+    info["us"] = interval([1e6 * value for value in own])
     info["ratio"] = interval([a / b for a, b in zip(own, others, strict=True)])
     info["over_us"] = interval([1e6 * (a - b) for a, b in zip(own, others, strict=True)])
     info["calls"] = work.calls
+    info["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if work.device == "cuda":
         info["host_us"] = interval([1e6 * value for value in host])
     return statistics.median(own)

@@ -71,11 +71,15 @@ def gated_prompt_carrier(h, x, gate, start, length, rule, carrier):
     return op(h, x, *gate, start, length, rule, carrier=carrier)
 
 
+TWO_CARRIERS = "gated_prompt, two carriers"  # its output's gradient, too, comes in two parts
+COMPACT = ("gated_prompt, carrier", TWO_CARRIERS, "triton, rows")  # alone, x is the prompt rows
 COMPILED = {", compiled": "default", ", max-autotune": "max-autotune-no-cudagraphs"}
 PEERS = {  # name: (function, torch.compile's mode)
     "gated_prompt": (gated_prompt, None),
     "gated_prompt, carrier": (gated_prompt_carrier, None),
+    TWO_CARRIERS: (gated_prompt_carrier, None),
     "triton": (triton, None),
+    "triton, rows": (triton, None),
     "original": (original, None),
     "slice assignment": (slice_assignment, None),
     "slice_scatter": (slice_scatter, None),

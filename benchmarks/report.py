@@ -5,7 +5,8 @@
 
 The page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
 function NAME of TABLES makes of the results, and plots go beside the results, as PNG. Where a
-result is not there, the table says that it was not measured.
+result is not there, the table says that it was not measured. The runs of one device, cpu*.json or
+gpu*.json, are one result.
 """
 
 import itertools
@@ -13,20 +14,44 @@ import json
 import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import goals
 import matplotlib.pyplot as plt
+from goals import NOT_MEASURED
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-NOT_MEASURED = "*Not measured.*"
 DEVICES = ("cpu", "gpu")
 OURS = "gated_prompt, carrier"
 LONGEST = 8  # bars are cut there, and say what they are
 
 
-def load():
-    """{file's stem: result}"""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+def load(folder=RESULTS):
+    """{device: result}, the rows of all its runs together; runs: these, without their rows."""
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        device, found = path.stem[:3], run.pop("rows")
+        result = results.setdefault(device, {"rows": [], "runs": []})
+        if any(machine(run) != machine(other) for other in result["runs"]):
+            raise SystemExit(f"{path}: of {machine(run)}, other runs of another machine")
+        result["rows"] += found
+        result["runs"].append(run)
+    for path in folder.glob("gpu-tests*.xml"):
+        suite = next(ElementTree.parse(path).iter("testsuite"))
+        count = {
+            name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")
+        }
+        row = {"suite": "tests", "peer": path.stem, "failed": count["failures"] + count["errors"]}
+        if count["tests"] > count["skipped"] and "gpu" in results:
+            results["gpu"]["rows"].append(row)
+    return results
+
+
+def machine(run):
+    """What must be one for rows to be held against each other."""
+    return run["cpu"], (run.get("gpu") or {}).get("name"), run["torch"]
 
 
 def rows(result, **wanted):
@@ -35,8 +60,8 @@ def rows(result, **wanted):
     return [r for r in found if all(r.get(key) == value for key, value in wanted.items())]
 
 
-def markdown(header, lines):
-    right = ["---", *["---:"] * (len(header) - 1)]
+def markdown(header, lines, left=1):
+    right = [*["---"] * left, *["---:"] * (len(header) - left)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, right, *lines))
 
 
@@ -60,15 +85,19 @@ def where(result):
     """What ran, where and how."""
     if not result:
         return NOT_MEASURED
-    gpu = result.get("gpu")
-    machine = f"{result['cpu']}, {result['threads']} thread" + "s" * (result["threads"] > 1)
+    return "\n\n".join(map(_where, result["runs"]))
+
+
+def _where(run):
+    gpu, build = run.get("gpu"), run["build"]
+    place = f"{run['cpu']}, {run['threads']} thread" + "s" * (run["threads"] > 1)
     if gpu:
-        machine = f"{gpu['name']}, driver {gpu['driver_version']}, CUDA {gpu['cuda']}; {machine}"
-    build = result["build"]
+        name, driver = (gpu.get(key, "unknown") for key in ("name", "driver_version"))
+        place = f"{name}, driver {driver}, CUDA {gpu['cuda']}; {place}"
     return (
-        f"`{result['command']}`: {machine} ({build['cpu_instructions']}); torch {result['torch']}, "
-        f"Python {result['python']}, g++ {build['compiler']}; commit {result['commit'][:7]}"
-        f"{'+' * result['commit'].endswith('+')}."
+        f"`{run['command']}`: {place} ({build['cpu_instructions']}); torch {run['torch']}, "
+        f"Python {run['python']}, g++ {build['compiler']}; commit {run['commit'][:7]}"
+        f"{'+' * run['commit'].endswith('+')}."
     )
 
 
@@ -143,11 +172,11 @@ def attention(result):
             for peer in unique(row["peer"] for row in of):
                 by_pass = {row["which"]: row for row in of if row["peer"] == peer}
                 cells = [
-                    f"{micro(row['median_us'])} ({row['ratio'][1]:.2f})"
-                    for row in (by_pass[which] for which in passes)
+                    f"{micro(row['median_us'])} ({row['ratio'][1]:.2f})" if row else ""
+                    for row in (by_pass.get(which) for which in passes)
                 ]
-                rate = by_pass["forward+backward"]["tflop_per_s"]
-                lines.append((peer, *cells, f"{rate:.3g}"))
+                rate = by_pass.get("forward+backward", {}).get("tflop_per_s")
+                lines.append((peer, *cells, f"{rate:.3g}" if rate else ""))
             parts.append(markdown((f"{case}, {what}", *passes, "TFLOP/s, both"), lines))
     return "\n\n".join(parts)
 
@@ -162,8 +191,13 @@ def vit(result):
         for peer in unique(row["peer"] for row in found if row["case"] == case):
             of = {r["which"]: r for r in found if (r["case"], r["peer"]) == (case, peer)}
             step, inference = of.get("step", {}), of.get("inference", {})
-            cells = [with_interval(of["ratio"]) if of else "" for of in (step, inference)]
-            speed = [f"{of['images_per_s']:,.4g}" if of else "" for of in (step, inference)]
+            cells = [
+                with_interval(of["ratio"]) if "ratio" in of else "" for of in (step, inference)
+            ]
+            speed = [
+                f"{of['images_per_s']:,.4g}" if "images_per_s" in of else ""
+                for of in (step, inference)
+            ]
             kept = f"{step['saved_bytes'] / 1e6:,.1f}" if "saved_bytes" in step else ""
             peak = f"{step['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in step else ""
             lines.append((peer, cells[0], speed[0], kept, peak, cells[1], speed[1]))
@@ -172,16 +206,32 @@ def vit(result):
     return "\n\n".join(parts)
 
 
-def instructions():
-    """Of benchmarks/baseline.json."""
-    counts = json.loads((HERE / "baseline.json").read_text())["instructions"]
-    lines = []
+def counted():
+    """{case: {peer: {pass: instructions}}} of benchmarks/baseline.json."""
+    return json.loads((HERE / "baseline.json").read_text())["instructions"]
+
+
+def instructions(results):
+    counts, lines = counted(), []
     for case, peers in counts.items():
         both = {peer: passes["forward+backward"] for peer, passes in peers.items()}
         ours = both[OURS]
         cells = (f"{count / 1e6:,.2f} ({count / ours:.1f})" for count in both.values())
         lines.append((case, *cells))
     return markdown(("millions (over ours)", *next(iter(counts.values()))), lines)
+
+
+def aims(results):
+    """What was aimed at, of all results."""
+    found = {device: rows(results.get(device)) for device in DEVICES}
+    found["cpu"] = found["cpu"] + [
+        {"suite": "instructions", "case": case, "peer": peer, "which": which, "instructions": count}
+        for case, peers in counted().items()
+        for peer, passes in peers.items()
+        for which, count in passes.items()
+    ]
+    header = ("goal", "of", "", "measured", "mode", "met")
+    return markdown(header, goals.lines(found), left=2)
 
 
 # ---- plots ----
@@ -205,8 +255,10 @@ def bars(result, device):
     """One gate alone, forward and backward: how many times longer each peer takes than ours."""
     how = "alone, graph" if device == "gpu" else "alone"
     found = [r for r in rows(result, suite="gate", how=how) if r["which"] == "forward+backward"]
-    cases = unique(row["case"] for row in found)
+    cases = unique(row["case"] for row in found if row["peer"] == OURS)
     peers = [p for p in unique(row["peer"] for row in found) if p not in (OURS, "device copy")]
+    if not cases or not peers:
+        return
     figure, axes = plt.subplots(figsize=(9, 0.8 * len(cases) + 1))
     ours = {row["case"]: row["median_us"] for row in found if row["peer"] == OURS}
     height = 0.9 / len(peers)
@@ -240,6 +292,9 @@ def roofline(result, device):
     limit = max((r["gb_per_s"] for r in rows(result, suite="limits", peer="copy")), default=None)
     if limit:
         axes.axhline(limit, color="black", linewidth=1, label="large copy")
+    if not axes.collections:
+        plt.close(figure)
+        return
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("MB that the gate must move in a pass")
@@ -250,7 +305,8 @@ def roofline(result, device):
 
 def frontier(result, device):
     """Images a second over the memory of a step, and that memory as bars."""
-    found = [r for r in rows(result, suite="vit", which="step") if "saved_bytes" in r]
+    needed = {"saved_bytes", "images_per_s"}
+    found = [r for r in rows(result, suite="vit", which="step") if needed <= r.keys()]
     for case in unique(row["case"] for row in found):
         of = [r for r in found if r["case"] == case and "cached" not in r["peer"]]
         megabytes = [row.get("peak_bytes", row["saved_bytes"]) / 1e6 for row in of]
@@ -279,16 +335,17 @@ TABLES = {
     for device in DEVICES
     for make in (where, limits, chain, alone, linear, attention, vit)
 }
+TABLES_OF_ALL = {"instructions": instructions, "gpu goals": aims}
 
 
 def fill(page, results):
     def made(match):
         name = match[1]
-        if name == "instructions":
-            table = instructions()
+        if name in TABLES_OF_ALL:
+            table = TABLES_OF_ALL[name](results)
         else:
-            stem, make = TABLES[name]
-            table = make(results.get(stem))
+            device, make = TABLES[name]
+            table = make(results.get(device))
         return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)

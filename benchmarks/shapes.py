@@ -3,7 +3,7 @@
 
 Without flags each suite runs its QUICK cases. With any of --models, --pixels, --batches, --prompts,
 --gates, --rules and --dtypes (values by commas, or "all") it runs their product; an axis that is
-not named stays as in Case.
+not named stays as in DEFAULT and Case.
 """
 
 import dataclasses
@@ -44,7 +44,11 @@ FLAGS = dict(
 )
 
 
-BATCH = {"cpu": 8, "cuda": 64}  # where none is named
+DEFAULT = {  # where none is named
+    "cpu": {"batch": 8, "dtype": "float32"},
+    "cuda": {"batch": 64, "dtype": "bfloat16"},
+}
+CALL = {"batch": 1, "pixels": 16, "prompts": 1}  # next to nothing but the call itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Case:
 
 
 def _cases(device, dtypes, *changes):
-    default = {"device": device, "batch": BATCH[device]}
+    default = {"device": device, **DEFAULT[device]}
     return [Case(**{**default, "dtype": dtype, **change}) for change in changes for dtype in dtypes]
 
 
@@ -97,23 +101,24 @@ QUICK = {
     "prompt_gate": [
         *_cases("cpu", _BOTH, {}, *_OF_GATES),
         *_cases("cpu", ("float32",), {"model": "ViT-S/16", "prompts": 10}),
-        *_cases("cuda", _BOTH, {"batch": 256}),
+        *_cases("cuda", ("bfloat16",), {}, CALL),
+        *_cases("cuda", ("bfloat16",), *({"batch": 256, "prompts": p} for p in (10, 50, 200))),
         *_cases(
             "cuda",
             ("bfloat16",),
-            {},
-            {"batch": 8},
-            {"batch": 256, "prompts": 10},
-            {"batch": 256, "prompts": 200},
-            *_OF_GATES,
+            *({"batch": 256, "gate": gate} for gate in ("channel", "token", "sample")),
         ),
     ],
     "prompt_gate_linear": [
         *_cases(
             "cpu", _BOTH, *({"gate": g, "rule": "residual"} for g in ("linear", "linear-token"))
         ),
-        *_cases("cuda", _BOTH, {"gate": "linear", "rule": "residual"}),
-        *_cases("cuda", ("bfloat16",), {"gate": "linear-token", "rule": "residual"}),
+        *_cases(
+            "cuda",
+            ("bfloat16",),
+            {"gate": "linear", "rule": "residual"},
+            *({"batch": 256, "gate": g, "rule": "residual"} for g in ("linear", "linear-token")),
+        ),
     ],
     "attention": [
         *_cases("cpu", ("float32",), {"model": "ViT-S/16", "batch": 2}),
@@ -121,7 +126,16 @@ QUICK = {
     ],
     "vit": [
         *_cases("cpu", ("float32",), {"model": "ViT-S/16", "batch": 1}),
-        *_cases("cuda", ("bfloat16",), {}, {"batch": 8}, {"pixels": 384}),
+        *_cases(
+            "cuda",
+            ("bfloat16",),
+            {},
+            {"batch": 8},
+            {"prompts": 200},
+            {"pixels": 384},
+            {"model": "ViT-L/16"},
+            {"model": "ViT-L/16", "pixels": 512, "batch": 16},
+        ),
     ],
 }
 
@@ -143,8 +157,8 @@ def chosen(config, suite):
         of_suite = [g for g in AXES["gate"] if g.startswith("linear") == (suite != "prompt_gate")]
         lists["gate"] = [g for g in lists.get("gate", of_suite) if g in of_suite]
     return [
-        Case(**{"device": device, "batch": batch, **dict(zip(lists, values, strict=True))})
-        for device, batch in BATCH.items()
+        Case(**{"device": device, **default, **dict(zip(lists, values, strict=True))})
+        for device, default in DEFAULT.items()
         for values in itertools.product(*lists.values())
     ]
 

@@ -147,11 +147,15 @@ class Original(VPTShallow):
         self.temperature = nn.Parameter(torch.empty(len(vit.blocks)))
 
     def blocks(self, x):
-        for index, block in enumerate(self.vit.blocks):
-            out = x + block.ls1(attention(block.attn, block.norm1(x), self.temperature[index]))
-            out = out + block.ls2(block.mlp(block.norm2(out)))
+        for index in range(len(self.vit.blocks)):
+            out = self.block(index, x)
             x = self.gate(out, x, self.gate_logit[index]) if index < len(self.gate_logit) else out
         return x
+
+    def block(self, index, x):
+        block = self.vit.blocks[index]
+        x = x + block.ls1(attention(block.attn, block.norm1(x), self.temperature[index]))
+        return x + block.ls2(block.mlp(block.norm2(x)))
 
     def gate(self, out, x, logit):
         end = self.start + len(self.prompts)
@@ -162,6 +166,16 @@ class Original(VPTShallow):
     def tuned(self):
         gates, temperatures = [self.gate_logit], [self.temperature]
         return {**super().tuned(), "gates": gates, "temperatures": temperatures}
+
+
+class GatesAlone(Original):
+    """Without temperatures, on timm's own blocks."""
+
+    def block(self, index, x):
+        return self.vit.blocks[index](x)
+
+    def tuned(self):
+        return {name: group for name, group in super().tuned().items() if name != "temperatures"}
 
 
 def attention(attn, x, temperature):
@@ -175,9 +189,9 @@ def attention(attn, x, temperature):
 
 
 def wrapped(method="gpt", **options):
-    return lambda vit, num_prompts: gp.wrap(
-        vit, method, num_prompts=num_prompts, prompt_dropout=0.0, **options
-    )
+    """On SDPA, as timm's own blocks are."""
+    options |= {"prompt_dropout": 0.0, "attention": "sdpa"}
+    return lambda vit, num_prompts: gp.wrap(vit, method, num_prompts=num_prompts, **options)
 
 
 PEERS = {  # name: (function of a timm ViT and P, the peer that it must equal)
@@ -185,6 +199,11 @@ PEERS = {  # name: (function of a timm ViT and P, the peer that it must equal)
     "gated_prompt": (wrapped(), "original"),
     "gated_prompt, all rows": (wrapped(last_block="all-rows"), "original"),
     "gated_prompt, memory low": (wrapped(memory="low"), "original"),
+    "gated_prompt, gates alone": (
+        wrapped(temperature=False, last_block="all-rows"),
+        "original, gates alone",
+    ),
+    "original, gates alone": (GatesAlone, "gated_prompt, gates alone"),
     "vpt-shallow": (VPTShallow, "gated_prompt vpt-shallow"),
     "gated_prompt vpt-shallow": (wrapped("vpt-shallow"), "vpt-shallow"),
     "vpt-deep": (VPTDeep, "gated_prompt vpt-deep"),

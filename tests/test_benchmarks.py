@@ -2,8 +2,12 @@
 """The benchmarks' own parts: what is timed is right; pairs are pairs; guard and report."""
 
 import copy
+import gc
+import importlib.util
+import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +21,12 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_attention
+import bench_limits
+import bench_prompt_gate
+import bench_vit
 import gates
+import goals
 import guard
 import harness
 import peers
@@ -30,7 +39,8 @@ COMPILED = tuple(peers.COMPILED)
 
 
 def eager(name):
-    return not name.endswith(COMPILED) and name != "triton"  # Triton: tests/test_triton_gate.py
+    # Triton: tests/test_triton_gate.py
+    return not name.endswith(COMPILED) and not name.startswith("triton")
 
 
 # ---- a wrong result is not timed ----
@@ -131,13 +141,50 @@ def test_interval_holds_the_median_and_widens_with_the_noise():
     assert (low, middle, high) == (40, 50, 60)  # 50 +- 0.98 * sqrt(101)
 
 
-def test_seed_hands_over_a_gradient_that_the_gate_writes_in_place():
-    work = gates.Alone(shapes.Case(**SMALL), "gated_prompt, carrier")
+@pytest.mark.parametrize("peer", ["gated_prompt, carrier", peers.TWO_CARRIERS])
+def test_seed_hands_over_a_gradient_that_the_gate_writes_in_place(peer):
+    work = gates.Alone(shapes.Case(**SMALL), peer)
     work.prepare()
     work.forward()
     pointer = work.seeds[0][0].data_ptr()
     work.backward()
     assert work.gradients[0].data_ptr() == pointer
+
+
+def test_backward_fills_nothing_that_is_not_the_gates():
+    """Of the gates alone with a compact x there is one op in it, ours."""
+    work = gates.Alone(shapes.Case(**SMALL), peers.TWO_CARRIERS)
+    work.prepare()
+    work.forward()
+    with torch.profiler.profile() as profile:
+        work.backward()
+    names = {event.name for event in profile.events()}
+    assert "gated_prompt::prompt_gate_bwd_" in names
+    assert not {"aten::ones_like", "aten::fill_", "aten::copy_", "aten::add_"} & names
+
+
+def test_a_second_carrier_moves_one_more_pass_over_the_prompt_rows():
+    case = shapes.Case("cuda", 64, dtype="bfloat16")
+    rows = 64 * 50 * 768 * 2
+    for peer, passes in (("gated_prompt", 4), (peers.TWO_CARRIERS, 5)):
+        moved = gates.bytes_moved(case, peer)
+        assert moved["backward"] // rows == passes
+        assert moved["forward, saving"] // rows == 4
+        assert moved["forward+backward"] == moved["forward, saving"] + moved["backward"]
+
+
+@pytest.mark.parametrize("work", [gates.Alone, gates.Chain])
+@pytest.mark.parametrize("peer", ["gated_prompt", "gated_prompt, carrier", "original"])
+def test_a_work_is_freed_when_nobody_has_it(work, peer):
+    made = work(shapes.Case(**SMALL), peer)
+    harness.check(made)
+    reference = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 # ---- shapes ----
@@ -159,6 +206,8 @@ def test_flags_choose_the_product():
     ]
     assert {c.dtype for c in found} == {"bfloat16"}
     assert shapes.chosen(options(), "vit") is shapes.QUICK["vit"]
+    named_none = shapes.chosen(options(prompts="9"), "vit")
+    assert [(c.device, c.dtype) for c in named_none] == [("cpu", "float32"), ("cuda", "bfloat16")]
     linear = shapes.chosen(options(gate="all"), "prompt_gate_linear")
     assert {c.gate for c in linear} == {"linear", "linear-token"}
     with pytest.raises(ValueError, match=r"--models: wanted some of .*, got \['ViT-X'\]"):
@@ -174,6 +223,91 @@ def test_benchmarks_collect_and_skip_without_a_gpu():
     if not torch.cuda.is_available():
         assert "no CUDA GPU" in done.stdout
         assert " passed" not in done.stdout
+
+
+def quick_rows(device):
+    """The names of all rows of `device` that run without flags, as results have them."""
+    found = []
+    for suite in ("prompt_gate", "prompt_gate_linear"):
+        for where, *row in bench_prompt_gate.rows(options(), suite):
+            found += [bench_prompt_gate.names(*row)] * (where == device)
+    for where, *row in bench_vit.rows(options()):
+        found += [bench_vit.names(*row)] * (where == device)
+    for case in shapes.QUICK["limits"]:
+        found += [bench_limits.names(case, what) for what in bench_limits.WORKS] * (
+            case.device == device
+        )
+    return [{key: str(value) for key, value in names.items()} for names in found]
+
+
+def test_all_rows_that_goals_ask_for_run_without_flags():
+    rows = quick_rows("cuda")
+    asked = [goal for goal in goals.GOALS if goal.device == "gpu" and goal.id != "G10"]
+    assert {goal.id for goal in asked if goal.of} == {f"G{i}" for i in (*range(1, 10), 12, 13, 14)}
+    for goal in asked:
+        for wanted in filter(None, (goal.of, goal.over)):
+            assert goals.matching(rows, wanted), f"{goal.id}, {goal.what}: no row {wanted}"
+
+
+def test_rows_of_the_cpu_have_the_names_of_its_results():
+    def key(row):
+        return tuple(row.get(name) for name in ("suite", "case", "how", "which", "peer"))
+
+    measured = {key(row) for row in report.load()["cpu"]["rows"] if row["suite"] != "attention"}
+    assert measured - {key(row) for row in quick_rows("cpu")} == set()
+
+
+# ---- what a run leaves ----
+
+
+@pytest.fixture(scope="module")
+def bench_conftest():
+    path = ROOT / "benchmarks" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("bench_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 60)])
+def test_a_run_is_not_lost_where_git_and_nvidia_smi_fail(fault, bench_conftest, monkeypatch):
+    def run(*arguments, **options):
+        raise fault
+
+    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench_conftest._commit() == "unknown"
+    assert bench_conftest._gpu() == {"cuda": torch.version.cuda}
+    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
+    assert bench_conftest._commit() == "abc"
+
+
+def test_a_field_that_nvidia_smi_refuses_is_left_out(bench_conftest, monkeypatch):
+    def run(command, **options):
+        is_known = "clocks.sm" not in command[1]
+        return SimpleNamespace(
+            returncode=not is_known, stdout="a\nb\n" if is_known else "Field ..."
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = bench_conftest._gpu()
+    assert "clocks.sm" not in found
+    assert found["name"] == found["clocks_event_reasons.active"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("message", "is_skipped"),
+    [
+        ("No available kernel. Aborting execution.", True),
+        ("tempered_attention: backend='xformers' can't run: no such head", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_a_backend_that_cannot_run_is_skipped(message, is_skipped):
+    assert bool(bench_attention.CANT_RUN.search(message)) == is_skipped
 
 
 # ---- guard and report ----
@@ -219,13 +353,70 @@ def test_guard_lets_pass_what_is_better():
 
 def test_report_fills_tables_and_says_what_was_not_measured():
     row = {"suite": "gate", "case": "c", "how": "chain", "which": "forward", "peer": "original"}
-    result = {"rows": [row | {"over_us": [1.0, 2.0, 3000.0], "median_us": 5.0}]}
+    result = {"rows": [row | {"over_us": [1.0, 2.0, 3000.0], "median_us": 5.0}], "runs": []}
     page = "".join(f"<!-- table: {name} chain -->\nold\n<!-- end -->\n" for name in ("cpu", "gpu"))
     filled = report.fill(page, {"cpu": result})
     assert "| original | 2 [1, 3,000] |" in filled
     assert "old" not in filled
     assert f"<!-- table: gpu chain -->\n{report.NOT_MEASURED}\n<!-- end -->" in filled
     assert report.fill(filled, {"cpu": result}) == filled
+
+
+def made_up(names, **figures):
+    return {**names, "us": [9.0, 10.0, 11.0], **figures}
+
+
+def test_goals_say_what_was_met_missed_and_not_measured():
+    scalar, copy = (
+        goals.gate(peers.TWO_CARRIERS, goals.SAVING, "B256 P50", "scalar mix"),
+        goals.limit("copy"),
+    )
+    channel = scalar | {"case": scalar["case"].replace("scalar", "channel")}
+    triton = goals.gate("triton", goals.BOTH)
+    rows = [
+        made_up(copy, gb_per_s=1000),
+        made_up(scalar, gb_per_s=950, l2="cold", deterministic=False),
+        made_up(channel, gb_per_s=900, l2="cold", deterministic=True),
+        made_up(triton, ratio=[0.96, 0.99, 1.1], l2="cold"),
+    ]
+    lines = [line for line in goals.lines({"gpu": rows}) if line[0] in ("G1", "G3")]
+    by_what = {what: rest for _, what, *rest in lines}
+    assert by_what["forward, 4P: scalar, B256 P50; of the bandwidth of a large copy"] == [
+        "≥ 0.92", "0.95 [0.777, 1.16]", "graph, L2 cold; two rows", "yes"
+    ]  # fmt: skip
+    missed = by_what["forward, 4P: channel, B256 P50; of the bandwidth of a large copy"]
+    assert missed[2:] == ["graph, L2 cold, strict; two rows", "no"]
+    low_end = by_what[
+        "both passes, B64 P50: Triton over ours, low end; gradient of x a whole sequence"
+    ]
+    assert low_end == ["≥ 0.97", "0.99 [0.96, 1.1]", "graph, L2 cold", "no"]
+    absent = by_what["forward, 4P: token, B256 P50; of the bandwidth of a large copy"]
+    assert absent == ["≥ 0.92", report.NOT_MEASURED, "", ""]
+
+
+def test_of_a_goal_for_any_shape_the_worst_counts():
+    rows = []
+    for shape, ours in (("ViT-B/16 224px B64 P50", 5.0), ("ViT-S/16 224px B64 P50", 20.0)):
+        rows.append(made_up(goals.step("original, compiled", shape)))
+        rows.append(made_up(goals.step("gated_prompt, compiled", shape), us=[ours] * 3))
+    found = [line for line in goals.lines({"gpu": rows}) if line[0] == "G6"]
+    assert [line[-1] for line in found] == ["yes", "no", ""]
+    assert found[1][3] == "0.5 [0.45, 0.55]"
+
+
+def test_runs_of_one_machine_are_one_result(tmp_path):
+    run = {"cpu": "a", "gpu": {"name": "b"}, "torch": "2", "rows": [{"suite": "gate"}]}
+    for name in ("gpu-op", "gpu-step"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    tests = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
+    (tmp_path / "gpu-tests.xml").write_text(tests)
+    result = report.load(tmp_path)["gpu"]
+    assert len(result["runs"]) == 2
+    assert [row["suite"] for row in result["rows"]] == ["gate", "gate", "tests"]
+    assert result["rows"][-1]["failed"] == 1
+    (tmp_path / "gpu-x.json").write_text(json.dumps(run | {"gpu": {"name": "c"}}))
+    with pytest.raises(SystemExit, match="another machine"):
+        report.load(tmp_path)
 
 
 def test_the_page_is_what_the_results_say():

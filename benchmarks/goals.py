@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was aimed at, and the rows of the results that say how near it is: the table "goals" of
+benchmarks/README.md, made by report.py.
+"""
+
+import contextlib
+import dataclasses
+
+from peers import TWO_CARRIERS
+
+NOT_MEASURED = "*Not measured.*"
+REFERENCE, B8 = "ViT-B/16 224px B64 P50", "ViT-B/16 224px B8 P50"
+P200, AT_384 = "ViT-B/16 224px B64 P200", "ViT-B/16 384px B64 P50"
+LARGE, LARGE_512 = "ViT-L/16 224px B64 P50", "ViT-L/16 512px B16 P50"
+
+
+def gate(peer, which, size="B64 P50", kind="scalar mix", how="alone, graph"):
+    suite = "linear" if kind.startswith("linear") else "gate"
+    case = f"ViT-B/16 224px {size} bfloat16 {kind}"
+    return {"suite": suite, "case": case, "how": how, "which": which, "peer": peer}
+
+
+def step(peer, shape=REFERENCE):
+    return {"suite": "vit", "case": f"{shape} bfloat16", "which": "step", "peer": peer}
+
+
+def limit(peer):
+    return {"suite": "limits", "case": "bfloat16", "peer": peer}
+
+
+def on_cpu(suite, peer, dtype, **names):
+    case = f"ViT-B/16 224px B8 P50 {dtype} scalar mix"
+    return {"suite": suite, "case": case, "which": "forward+backward", "peer": peer, **names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A figure of a row, or that of `of` over that of `over`, beside a bound. Rows are found by
+    their names; of a goal that does not name the case, the worst one counts."""
+
+    id: str
+    what: str
+    sign: str  # "≥" or "≤"
+    bound: float | None  # None: beside the goal before
+    of: dict | None  # None: no row says it
+    over: dict | None = None
+    figure: str = "us"
+    by_low: bool = False  # the low end of the interval must meet the bound, not the median
+    device: str = "gpu"
+
+
+BOTH, SAVING = "forward+backward", "forward, saving"
+COPIED = [  # size, gate, goal forward, goal backward
+    *(("B256 P50", kind, 0.92, 0.88) for kind in ("scalar", "channel", "token", "sample")),
+    ("B256 P200", "scalar", 0.96, 0.88),
+    ("B64 P50", "scalar", 0.80, 0.88),
+]
+LINEAR = {"size": "B256 P50", "kind": "linear residual"}
+
+
+def of_a_gate():
+    for index, (id, which, passes) in enumerate(
+        (("G1", SAVING, "forward, 4P"), ("G2", "backward", "backward, 5P"))
+    ):
+        for size, kind, *bounds in COPIED:
+            what = f"{passes}: {kind}, {size}; of the bandwidth of a large copy"
+            of = gate(TWO_CARRIERS, which, size, f"{kind} mix")
+            yield Goal(id, what, "≥", bounds[index], of, limit("copy"), "gb_per_s")
+    for size, bound, how in (
+        ("B64 P50", 10, "alone, graph"),
+        ("B64 P50", 10, "alone"),
+        ("B256 P10", 25, "alone, graph"),
+    ):
+        of, over = (gate(peer, BOTH, size, how=how) for peer in ("original", TWO_CARRIERS))
+        way = "graph" if "graph" in how else "eager"
+        what = f"both passes, {size}, {way}: the original over ours"
+        yield Goal("G3", what, "≥", bound, of, over)
+    for size in ("B64 P50", "B256 P10"):
+        of, over = (gate(peer, BOTH, size) for peer in ("original, compiled", TWO_CARRIERS))
+        yield Goal("G3", f"both passes, {size}: torch.compile over ours", "≥", 2.8, of, over)
+    for size in ("B64 P50", "B256 P50"):
+        of, over = (gate(p, BOTH, size) for p in ("triton, rows", "gated_prompt, carrier"))
+        what = f"both passes, {size}: Triton over ours, low end"
+        yield Goal("G3", what, "≥", 0.97, of, over, by_low=True)
+        of = gate("triton", BOTH, size)
+        what += "; gradient of x a whole sequence"
+        yield Goal("G3", what, "≥", 0.97, of, figure="ratio", by_low=True)
+    call = gate("gated_prompt", SAVING, how="alone")
+    call["case"] = "ViT-B/16 16px B1 P1 bfloat16 scalar mix"
+    yield Goal("G3", "host, forward with checks and autograd, µs", "≤", 15, call, figure="host_us")
+    of = call | {"peer": "original"}
+    yield Goal("G3", "host, the original's forward, µs", "≤", None, of, figure="host_us")
+
+    for which, bound in ((SAVING, 1.35), (BOTH, 1.5)):
+        of, over = (gate(p, which, **LINEAR) for p in ("gated_prompt, carrier", "bare GEMMs"))
+        yield Goal("G4", f"linear, {which}: over the bare GEMMs", "≤", bound, of, over)
+    over, of = (gate(p, BOTH, **LINEAR) for p in ("gated_prompt, carrier", "original, compiled"))
+    yield Goal("G4", "linear, both passes: torch.compile over ours", "≥", 1.5, of, over)
+
+
+def of_a_step():
+    for what, bound, shape, how in (
+        ("224 px", 1.9, REFERENCE, ""),
+        ("384 px", 2.6, AT_384, ""),
+        ("P=200", 2.2, P200, ""),
+        ("B=8", 2.3, B8, ""),
+        ("B=8", 4, B8, ", graph"),
+    ):
+        of, over = step(f"original{how}", shape), step(f"gated_prompt{how}", shape)
+        yield Goal("G5", f"step, {what}{how}: the original over ours", "≥", bound, of, over)
+
+    of, over = step("original, compiled"), step("gated_prompt, compiled")
+    yield Goal("G6", "step, 224 px: the original compiled over ours compiled", "≥", 1.3, of, over)
+    of, over = ({k: v for k, v in row.items() if k != "case"} for row in (of, over))
+    yield Goal("G6", "the same, lowest of all shapes that ran", "≥", 1, of, over)
+    of = step("gated_prompt, compiled")
+    yield Goal("G6", "step: ours over VPT-shallow, both compiled", "≤", 1.02, of, figure="ratio")
+
+    for what, bound, peer in (
+        ("gates", 1.01, "gated_prompt, gates alone"),
+        ("gates; stretch", 1, "gated_prompt, gates alone"),
+        ("gates and temperatures", 1.025, "gated_prompt, all rows"),
+    ):
+        what = f"step over VPT-shallow: {what}"
+        yield Goal("G7", what, "≤", bound, step(peer), figure="ratio")
+
+    for what, bound, shape in (("B", 1.05, REFERENCE), ("L", 1.025, LARGE)):
+        of, over = step("gated_prompt, all rows", shape), step("gated_prompt", shape)
+        yield Goal("G8", f"ViT-{what}: all rows of the last block over ours", "≥", bound, of, over)
+
+    for what, bound, of, over in (
+        ("over the original, 224 px", 0.58, step("gated_prompt"), step("original")),
+        ("over the original, 384 px", 0.35, step("gated_prompt", AT_384), step("original", AT_384)),
+        ("over VPT-shallow", 1.03, step("gated_prompt"), step("vpt-shallow")),
+        ("memory low over the original", 0.35, step("gated_prompt, memory low"), step("original")),
+    ):
+        yield Goal("G9", f"peak of a step: {what}", "≤", bound, of, over, "peak_gb")
+    of, over = step("gated_prompt, memory low"), step("gated_prompt")
+    yield Goal("G9", "time: memory low over the default", "≤", 1.2, of, over)
+
+    of, over = limit("GEMM"), step("gated_prompt, compiled")
+    what = "compiled step over its FLOP at the rate of a large GEMM"
+    yield Goal("G12", what, "≤", 1.45, of, over, "tflop_per_s")
+    yield Goal("G12", f"{what}; stretch", "≤", 1.35, of, over, "tflop_per_s")
+
+    of = step("gated_prompt, memory low", LARGE_512)
+    yield Goal("G13", "ViT-L, 512 px, B=16, memory low: peak, GB", "≤", 7, of, figure="peak_gb")
+
+    of, shallow, deep = step("gated_prompt"), step("vpt-shallow"), step("vpt-deep")
+    what = "over VPT-{}, as many prompts"
+    yield Goal("G14", f"step {what.format('shallow')}", "≤", 1, of, figure="ratio")
+    yield Goal("G14", f"step {what.format('deep')}", "≤", 1, of, deep)
+    yield Goal("G14", f"peak {what.format('shallow')}", "≤", 1, of, shallow, "peak_gb")
+    yield Goal("G14", f"peak {what.format('deep')}", "≤", 1, of, deep, "peak_gb")
+    yield Goal("G14", "step and peak over VPT, settings of the papers", "≤", 1, None)
+
+
+def on_one_cpu_thread():
+    for dtype in ("float32", "bfloat16"):
+        of, over = (
+            on_cpu("instructions", peer, dtype) for peer in ("original", "gated_prompt, carrier")
+        )
+        what = f"CPU, {dtype}: instructions of the original over ours"
+        yield Goal("G11", what, "≥", 6, of, over, "instructions", device="cpu")
+        over = on_cpu("gate", "gated_prompt, carrier", dtype, how="chain")
+        for peer in ("slice assignment", "original, compiled", "slice_scatter, compiled"):
+            of = on_cpu("gate", peer, dtype, how="chain")
+            what = f"CPU, {dtype}: time of {peer} over ours, in a chain"
+            yield Goal("G11", what, "≥", 1, of, over, "over_us", device="cpu")
+    yield Goal("G11", "CPU: bytes of the original over ours", "≥", 6, None, device="cpu")
+
+
+GOALS = sorted(
+    [
+        *of_a_gate(),
+        *of_a_step(),
+        Goal("G10", "numerics: CUDA tests that fail", "≤", 0, {"suite": "tests"}, figure="failed"),
+        *on_one_cpu_thread(),
+    ],
+    key=lambda goal: int(goal.id[1:]),
+)
+
+
+def figure(name, row):
+    """[low, middle, high] of a row."""
+    if name in ("gb_per_s", "tflop_per_s"):
+        low, middle, high = row["us"]
+        rate = row[name] if name in row else row["flop"] / middle / 1e6
+        return [rate * middle / high, rate, rate * middle / low]
+    value = row["peak_bytes"] / 1e9 if name == "peak_gb" else row[name]
+    return value if isinstance(value, list) else [value] * 3
+
+
+def matching(rows, wanted):
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def measured(goal, rows):
+    """([low, middle, high], row), the worst of what is there; None: not measured."""
+    found = []
+    for row in matching(rows, goal.of) if goal.of else ():
+        overs = matching(rows, {"case": row.get("case")} | goal.over) if goal.over else [None]
+        for over in overs:
+            with contextlib.suppress(KeyError):  # a row that broke off has no such figure
+                values = figure(goal.figure, row)
+                if over is not None:
+                    of_over = reversed(figure(goal.figure, over))
+                    values = [a / b for a, b in zip(values, of_over, strict=True)]
+                found.append((values, row))
+    worst = min if goal.sign == "≥" else max
+    return worst(found, key=lambda each: each[0][1], default=None)
+
+
+def mode(goal, row):
+    """How it ran, what the L2 held, whether torch was strict; "two rows": no pairs."""
+    if row["suite"] == "tests":
+        return ""
+    over = goal.over or {}
+    text = f"{row.get('how')} {row['peer']} {over.get('peer')}"
+    parts = [next((way for way in ("graph", "compiled") if way in text), "eager")]
+    if "l2" in row:
+        parts.append(f"L2 {row['l2']}")
+    elif row["suite"] in ("vit", "gate"):
+        parts.append("in place")
+    parts += ["strict"] * bool(row.get("deterministic"))
+    return ", ".join(parts) + "; two rows" * bool(over)
+
+
+def lines(results):
+    """(goal, what, bound, measured, mode, met)"""
+    for goal in GOALS:
+        found = measured(goal, results.get(goal.device, []))
+        wanted = "" if goal.bound is None else f"{goal.sign} {goal.bound:g}"
+        if found is None:
+            yield goal.id, goal.what, wanted, NOT_MEASURED, "", ""
+            continue
+        (low, middle, high), row = found
+        text = f"{middle:.3g}" + f" [{low:.3g}, {high:.3g}]" * (low < high)
+        met = "" if goal.bound is None else is_met(goal, low if goal.by_low else middle)
+        yield goal.id, goal.what, wanted, text, mode(goal, row), met
+
+
+def is_met(goal, value):
+    return "yes" if (value >= goal.bound if goal.sign == "≥" else value <= goal.bound) else "no"
