@@ -115,7 +115,7 @@ class Layer(Kernel):
         if peer == "timm":
             function = self.attn
         elif peer == "original":
-            self.leaves.append(torch.tensor([1.2], device=self.device, requires_grad=True))
+            self.leaves.append(torch.tensor(1.2, device=self.device, requires_grad=True))
             function = functools.partial(attention, self.attn)
         else:
             backend = peer.split()[1]
@@ -148,7 +148,9 @@ ROWS = [
 ]
 RIVALS = {"kernel": "sdpa", "layer": "timm"}
 # what torch, xformers and we say of a backend that is lacking here; any other error is one
-CANT_RUN = re.compile("can't run|No available kernel|No operator found|[Nn]o valid execution plan")
+CANT_RUN = re.compile(
+    "can't run|No available kernel|No viable backend|No operator found|[Nn]o valid execution plan"
+)
 
 
 def pytest_generate_tests(metafunc):

@@ -121,7 +121,8 @@ def names(case, how, peer, which):
 def test_prompt_gate(request, benchmark, device, case, how, peer, which):
     label(benchmark, **names(case, how, peer, which))
     rival, work = make(case, how, rival_of(how, peer)), make(case, how, peer)
-    if peer.startswith("slice assignment,") and "alone" in how:
+    is_linear = case.gate.startswith("linear")  # its GEMM has kept the rows as they were
+    if peer.startswith("slice assignment,") and "alone" in how and not is_linear:
         reason = "compiled, the gate's gradient is that of the rows after they were overwritten"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     median = race(benchmark, work, rival, which)

@@ -96,7 +96,7 @@ class Model(Work):
                     gradients = [a + b for a, b in zip(gradients, new, strict=True)]
         self.compare("logits", self.result.detach(), torch.cat(wanted))
         if self.mode == "step":
-            own = list(self.gradients)
+            own = [g.contiguous() for g in self.gradients]  # a convolution's may be channels-last
             for name, group in self.tuned.items():
                 parts = (parameters_to_vector(t[: len(group)]) for t in (own, gradients))
                 self.compare(name, *parts)

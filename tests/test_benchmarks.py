@@ -86,6 +86,24 @@ def test_a_wrong_result_is_not_timed(fault, work, monkeypatch):
         harness.race(benchmark, work(case, "faulty"), work(case, "original"), "forward")
 
 
+@pytest.mark.parametrize("peer", bench_vit.PEERS)
+def test_steps_are_right_whatever_the_layout_of_gradients(peer):
+    if bench_vit.unavailable_reason(peer):
+        pytest.skip(bench_vit.unavailable_reason(peer))
+    work = bench_vit.Model(shapes.Case(**SMALL, dtype="bfloat16"), "step", peer, "")
+    harness.check(work)
+    for index, gradient in enumerate(work.gradients):
+        if gradient.dim() == 4:
+            assert peer.endswith("full")
+            work.gradients = list(work.gradients)
+            work.gradients[index] = gradient.to(memory_format=torch.channels_last)
+            assert not work.gradients[index].is_contiguous()
+    work.verify()
+    work.gradients = [0.5 * g for g in work.gradients]
+    with pytest.raises(AssertionError, match="relative error"):
+        work.verify()
+
+
 # ---- timing ----
 
 
@@ -308,6 +326,19 @@ def test_a_field_that_nvidia_smi_refuses_is_left_out(bench_conftest, monkeypatch
 )
 def test_only_a_backend_that_cannot_run_is_skipped(message, is_skipped):
     assert bool(bench_attention.CANT_RUN.search(message)) == is_skipped
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("what", "peer"), [row for row in bench_attention.ROWS if eager(row[1])])
+def test_attention_is_right_or_says_that_it_cannot_run(what, peer, dtype):
+    work = bench_attention.WORKS[what](shapes.Case(**SMALL, dtype=dtype), peer)
+    if "xformers" in peer or peer in {f"sdpa {name}" for name in ("efficient", "cudnn")}:
+        with pytest.raises((RuntimeError, ImportError)) as refused:  # they are for CUDA alone
+            harness.check(work)
+        says = str(refused.value)
+        assert bench_attention.CANT_RUN.search(says) or "xformers" in says
+    else:
+        harness.check(work)
 
 
 # ---- guard and report ----
