@@ -10,11 +10,6 @@
 namespace gated_prompt {
 namespace {
 
-template <class U, class A>
-__device__ __forceinline__ U divided(A value, A divisor) {
-  return narrow<U>(static_cast<compute_t<U>>(value / divisor));
-}
-
 template <class T, class U, int kVector>
 __global__ void __launch_bounds__(kThreads)
     divide_rows_kernel(const DivideParams p, const DividePlan plan) {
@@ -30,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
   if (block >= plan.weight_grid) {
     const int64_t i = (block - plan.weight_grid) * kThreads + threadIdx.x;
     if (i >= p.bias.size) return;
-    const A value = widen(static_cast<const T*>(p.bias.source)[i]);
+    const T value = static_cast<const T*>(p.bias.source)[i];
     static_cast<U*>(p.bias.target)[i] = divided<U>(value, i < p.bias.divided ? divisor : A(1));
     return;
   }
@@ -52,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     U after[kVector];
     in[k].get(before);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) after[i] = divided<U>(widen(before[i]), own);
+    for (int i = 0; i < kVector; ++i) after[i] = divided<U>(before[i], own);
     Pack<U, kVector> out;
     out.set(after);
     out.store(static_cast<U*>(p.weight.target) + start);

@@ -13,9 +13,7 @@ namespace {
 template <class T, class U>
 GP_TARGET_CLONES void divide(const T* source, compute_t<T> divisor, int64_t n,
                              U* __restrict__ target) {
-  for (int64_t i = 0; i < n; ++i) {
-    target[i] = narrow<U>(static_cast<compute_t<U>>(widen(source[i]) / divisor));
-  }
+  for (int64_t i = 0; i < n; ++i) target[i] = divided<U>(source[i], divisor);
 }
 
 // Elements [begin, end) of an operand.

@@ -192,6 +192,12 @@ GP_HD T clamp_temperature(T temperature, double low, double high) {
   return narrow<T>(clamp(widen(temperature), static_cast<A>(low), static_cast<A>(high)));
 }
 
+// A weight of T over the temperature, in T's arithmetic, rounded once to U.
+template <class U, class T>
+GP_HD U divided(T weight, compute_t<T> temperature) {
+  return narrow<U>(static_cast<compute_t<U>>(widen(weight) / temperature));
+}
+
 // Gradient of a temperature by which q was divided, from dot = sum of q / temperature times its
 // gradient.
 template <class A>

@@ -233,14 +233,13 @@ class _FrozenProjection(torch.autograd.Function):
 def _project_back(grads, weight, tau):
     """sum over the parts of grad [B, N, H, d] @ rows of weight, the first ones divided by tau."""
     rows, dtype = weight.shape[0] // len(grads), next(g.dtype for g in grads if g is not None)
-    if isinstance(tau, float):
-        first = weight[:rows] if tau == 1 else weight[:rows] / tau
-    elif grads[0] is None:
-        first = None
-    elif torch.is_grad_enabled():
-        first = weight[:rows] / tau
+    first, is_float = weight[:rows], isinstance(tau, float)
+    if grads[0] is None or (is_float and tau == 1):
+        pass
+    elif is_float or torch.is_grad_enabled():
+        first = first / tau
     elif weight.dtype == dtype:
-        first = _folded(weight[:rows], None, tau, rows, dtype)[0]
+        first = _folded(first, None, tau, rows, dtype)[0]
     else:  # all rows are to be cast: at once
         weight = _folded(weight, None, tau, rows, dtype)[0]
         first = weight[:rows]

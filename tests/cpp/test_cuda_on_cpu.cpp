@@ -193,7 +193,9 @@ void check_divide(const DivideCase& c, DType from, DType to, DType temperature_d
   const double t = wanted.clamped.at(0, 0, 0);
   for (int64_t i = 0; i < size; ++i) {
     const double exact = start.weight.at(0, 0, i) / (i < c.divided * c.columns ? t : 1);
-    const double bound = epsilon(to) * std::fabs(exact) + (to == kF16 ? 0x1p-24 : 0);
+    // half an ulp, and of a 16-bit type that of float32 before it
+    const double ulp = epsilon(to) + (item_size(to) == 2 ? epsilon(kF32) : 0);
+    const double bound = ulp / 2 * std::fabs(exact) + (to == kF16 ? 0x1.01p-25 : 0);
     CHECK(std::fabs(wanted.new_weight.at(0, 0, i) - exact) <= bound, "element %d: %g, not %g",
           int(i), wanted.new_weight.at(0, 0, i), exact);
   }
