@@ -29,6 +29,7 @@ import gates
 import goals
 import guard
 import harness
+import host
 import peers
 import report
 import shapes
@@ -151,6 +152,14 @@ def test_a_row_runs_in_turns_with_its_rival(monkeypatch):
         ["rival", "work", "work", "rival"] * 2,
         ["work", "rival", "rival", "work"] * 2,
     )
+
+
+@pytest.mark.parametrize("peer", host.PEERS)
+def test_a_step_for_the_host_gives_all_gradients(peer):
+    model = host.make(peer)
+    times = host.step(model, torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
+    assert all(time > 0 for time in times)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_interval_holds_the_median_and_widens_with_the_noise():
