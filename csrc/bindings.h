@@ -274,7 +274,10 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
     return Rows{tensor.data_ptr(), 0, 0, tensor.stride(0), to_dtype(tensor.scalar_type(), name)};
   };
   p.weight = vector_of(weight, "weight", p.dim);
-  if (bias.has_value()) p.bias = vector_of(*bias, "bias", 1);
+  if (bias.has_value()) {
+    p.bias = vector_of(*bias, "bias", 1);
+    p.bias.channel_stride = 0;  // one element for all channels, as far as it reaches
+  }
   if (!is_empty(p)) {
     check_overlap(p, p.out, &p.in, "block_in");
     check_apart(p, p.weight, "weight");

@@ -287,6 +287,32 @@ def test_gate_among_the_written_rows(function, of_rows):
     function(**arguments)
 
 
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (gp.prompt_gate_, {"gate_logit": ()}),
+        (gp.prompt_gate_, {"gate_logit": (D,)}),
+        (gp.prompt_gate_, {"gate_logit": (P, 1)}),
+        (gp.prompt_gate_, {"gate_logit": (B, 1, 1)}),
+        (gp.prompt_gate_, {"gate_logit": (B, P, D)}),
+        (gp.prompt_gate_linear_, {"weight": (1, D), "bias": (1,)}),
+        (gp.prompt_gate_linear_, {"bias": (1,), "weight": (1, D)}),
+    ],
+)
+def test_gate_beside_the_written_rows(function, shapes, is_before):
+    """It may lie in memory directly before or behind them, where an allocator may put it."""
+    rows, sizes = B * P * D, [torch.Size(shape).numel() for shape in shapes.values()]
+    buffer = torch.randn(sum(sizes) + rows)
+    parts = buffer.split([*sizes, rows] if is_before else [rows, *sizes])
+    h, gate = (parts[-1], parts[:-1]) if is_before else (parts[0], parts[1:])
+    h = h.view(B, P, D)
+    arguments = {"block_out": h, "block_in": torch.randn(B, P, D), "start": 0, "length": P}
+    arguments |= {name: t.view(shapes[name]) for name, t in zip(shapes, gate, strict=True)}
+    copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    assert torch.equal(function(**arguments), function(**copies))
+
+
 def test_weight_of_a_gemm_may_be_anywhere():
     """It is read before the first write."""
     arguments = good_arguments(gp.prompt_gate_linear_)
