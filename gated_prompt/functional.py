@@ -278,10 +278,13 @@ def is_traced(*tensors: Tensor | None) -> bool:
     neighbours, and a mutating custom op is miscompiled in some aliasing patterns (pytorch#198031,
     #153389).
     """
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:  # any() over a generator takes three times as long
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
     return (
-        torch.compiler.is_compiling()
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
