@@ -32,6 +32,7 @@ def cases():
         for gate, rule in (("channel", "mix"), ("token", "residual"), ("full", "residual")):
             found.append(Case("cpu", 2, gate=gate, rule=rule, dtype=dtype))
         found.append(Case("cpu", 2, gate="linear-token", rule="residual", dtype=dtype))
+    found.append(Case("cpu", 2, dtype="float16"))  # whose loops are the hardest to vectorise
     found.append(Case("cpu", 1, pixels=16, prompts=1))  # next to nothing but the call itself
     return found
 

@@ -18,11 +18,13 @@ void in_parallel(const PromptGateParams& p, Run run) {
   torch::stable::parallel_for(0, tasks.count, grain, run);
 }
 
-void launch_fwd(const PromptGateParams& p) {
+void launch_fwd(const PromptGateParams& params) {
+  const PromptGateParams p = join_rows(params);
   in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_fwd_cpu(p, begin, end); });
 }
 
-void launch_bwd(const PromptGateParams& p) {
+void launch_bwd(const PromptGateParams& params) {
+  const PromptGateParams p = join_rows(params);
   const Tasks tasks = tasks_of(p);
   const auto item = static_cast<size_t>(item_size(to_dtype(compute_type(p), "partial sums")));
   const auto size = static_cast<size_t>(tasks.count * tasks.width) * item;

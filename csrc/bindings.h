@@ -335,13 +335,15 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tenso
     check_apart(p, p.saved, "saved");
   }
   Tensor grad_in = new_rows(p, grad_out, need_in, &p.in, in_dtype);
-  Tensor grad_logit = torch::stable::new_empty(gate_logit, {0});
+  std::vector<int64_t> shape{0};
   if (need_logit) {
-    std::vector<int64_t> shape;
+    shape.clear();
     for (int64_t d = 0; d < gate_logit.dim(); ++d) shape.push_back(gate_logit.size(d));
-    // a sum over nothing is 0
-    grad_logit = is_empty(p) ? torch::stable::new_zeros(gate_logit, shape)
-                             : torch::stable::new_empty(gate_logit, shape);
+  }
+  // a sum over nothing is 0
+  Tensor grad_logit = is_empty(p) ? torch::stable::new_zeros(gate_logit, shape)
+                                  : torch::stable::new_empty(gate_logit, shape);
+  if (need_logit) {
     p.grad_logit = contiguous_like_logit(p, grad_logit.data_ptr(), p.logit.dtype);
   }
   const int64_t width = !need_bias ? 0 : p.by_channel ? p.dim : 1;

@@ -108,6 +108,28 @@ GP_INDEX int64_t offset_of(const Rows& rows, RowIndex row) {
 // to the caller.
 
 constexpr int64_t kTaskElements = 8192;  // 16 to 64 KiB: a task stays in the nearest caches
+constexpr int64_t kRowElements = 4096;   // of rows taken together: two passes over one stay there
+
+// One gate for a whole sample, and rows that follow each other without a gap in every tensor: they
+// can be cut anywhere.
+inline bool rows_are_one_run(const PromptGateParams& p) {
+  if (p.by_row || p.by_channel) return false;
+  for (const Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) {
+    if (rows->data != nullptr && rows->row_stride != p.dim * rows->channel_stride) return false;
+  }
+  return true;
+}
+
+// The same problem with fewer, longer rows where that can be: what a row costs is paid less often.
+inline PromptGateParams join_rows(PromptGateParams p) {
+  int64_t joined = p.dim > 0 && rows_are_one_run(p) ? kRowElements / p.dim : 1;
+  while (joined > 1 && p.length % joined != 0) --joined;
+  if (joined <= 1) return p;
+  p.length /= joined;
+  p.dim *= joined;
+  for (Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) rows->row_stride *= joined;
+  return p;
+}
 
 struct Tasks {
   int64_t rows;         // of a task; the last one of a segment may have fewer
@@ -203,11 +225,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 inline LaunchPlan plan_launch(const PromptGateParams& p) {
   LaunchPlan plan{};
   plan.by_segment = p.by_row || p.by_channel;
-  bool one_run = !plan.by_segment;  // rows follow each other without a gap in every tensor
-  for (const Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) {
-    if (rows->data == nullptr) continue;
-    one_run = one_run && rows->row_stride == p.dim * rows->channel_stride;
-  }
+  const bool one_run = rows_are_one_run(p);
   const int64_t narrowest = narrowest_item(p);
   plan.rows = one_run ? 1 : p.length;
   const int64_t run = one_run ? p.length * p.dim : p.dim;

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels. Each row is widened into buffers of the compute type A (float or double), which stay
-// in the nearest cache, unless it holds values of A already; plain loops work on it, which the
-// compiler vectorises for the instruction sets of vec_cpu.h. Memory is read and written once.
+// CPU kernels: plain loops over the elements of a row, which the compiler vectorises for the
+// instruction sets of vec_cpu.h. Rows are worked on where they lie; one whose dtype or stride the
+// loops do not take is widened into a buffer of the compute type A (float or double), which stays
+// in the nearest cache, and rounded from there. Memory is read and written once.
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
 #include "vec_cpu.h"
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -15,11 +17,11 @@ namespace {
 
 // ---- loops over n elements, beside those of vec_cpu.h ----
 
-// Results go to target [n] as they are made, rounded. A target may be a source, at the same
-// elements: no element depends on another, which is what ivdep says.
+// A target may be a source, at the same elements: no element depends on another, which is what
+// ivdep says. V is what rows hold: a storage type, or A itself.
 #define GP_LOOP _Pragma("GCC ivdep") _Pragma("GCC unroll 4")
 
-template <class T, class A, bool kUnit>  // source [n] -> target [n]
+template <class T, class A, bool kUnit>  // source [n] -> target [n], rounded
 GP_TARGET_CLONES void store(const A* source, int64_t n, T* target, int64_t stride) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
     target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(source[i]));
@@ -36,32 +38,49 @@ inline A element(const A* values, int64_t i) {
   return values[i];
 }
 
-template <class T, class A, bool kUnit, class G>  // g*h + w*x
-GP_TARGET_CLONES void store_update(const A* h, const A* x, G g, G w, int64_t n, T* target,
-                                   int64_t stride) {
+template <class V, class G>  // target <- g*h + w*x
+GP_TARGET_CLONES void update_row(const V* h, const V* x, G g, G w, int64_t n, V* target) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
-    target[at<kUnit>(i, stride)] =
-        narrow<T>(static_cast<compute_t<T>>(update(element(g, i), h[i], element(w, i), x[i])));
+    target[i] = narrow<V>(update(element(g, i), widen(h[i]), element(w, i), widen(x[i])));
   }
 }
 
-template <class T, class A, bool kUnit, class G>  // that, and saved [n] <- (h - x)/2 or h
-GP_TARGET_CLONES void store_both(const A* h, const A* x, G g, G w, bool mix, int64_t n, T* target,
-                                 int64_t stride, T* saved) {
+// That, and saved <- (h - x)/2 or h. Chosen within the loop, it would not be vectorised.
+template <bool kMix, class V, class G>
+GP_TARGET_CLONES void update_and_save_row(const V* h, const V* x, G g, G w, int64_t n, V* target,
+                                          V* saved) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
-    const A old = h[i];  // where the target may be
-    const A into = x[i];
-    saved[i] = narrow<T>(static_cast<compute_t<T>>(saved_derivative(mix, old, into)));
-    target[at<kUnit>(i, stride)] =
-        narrow<T>(static_cast<compute_t<T>>(update(element(g, i), old, element(w, i), into)));
+    const auto old = widen(h[i]), into = widen(x[i]);  // read before the target is written
+    saved[i] = narrow<V>(saved_derivative(kMix, old, into));
+    target[i] = narrow<V>(update(element(g, i), old, element(w, i), into));
   }
 }
 
-template <class T, class A, bool kUnit, class G>  // g*t
-GP_TARGET_CLONES void store_product(G g, const A* t, int64_t n, T* target, int64_t stride) {
+template <class V, class A, class G>  // out <- g*t, in <- w*t
+GP_TARGET_CLONES void scale_row(const A* t, G g, G w, int64_t n, V* out, V* in) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
-    target[at<kUnit>(i, stride)] = narrow<T>(static_cast<compute_t<T>>(element(g, i) * t[i]));
+    const A value = t[i];  // read before `out` is written
+    out[i] = narrow<V>(element(g, i) * value);
+    in[i] = narrow<V>(element(w, i) * value);
   }
+}
+
+template <class V, class A>  // that, and the sum of s*t, as dot_row has it
+GP_TARGET_CLONES double scale_and_dot_row(const V* s, const A* t, A g, A w, int64_t n, V* out,
+                                          V* in) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {  // three short loops: float16's would be too long for one
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += widen(s[i + k]) * t[i + k];
+    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) in[i + k] = narrow<V>(w * t[i + k]);
+    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) out[i + k] = narrow<V>(g * t[i + k]);
+  }
+  for (int64_t k = 0; i < n; ++i, ++k) {
+    lanes[k] += widen(s[i]) * t[i];
+    in[i] = narrow<V>(w * t[i]);
+    out[i] = narrow<V>(g * t[i]);  // last: t may be the same row
+  }
+  return sum_of_lanes(lanes);
 }
 
 // From logits [n] (w may be the same array): g [n], w [n], slope [n].
@@ -81,40 +100,65 @@ GP_TARGET_CLONES void add_row(const A* a, const A* b, int64_t n, A* sum) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
 }
 
-template <class A>  // grad <- gradient of the logit, from s*t
-GP_TARGET_CLONES void logit_row(const A* slope, const A* s, const A* t, int64_t n, bool mix,
+template <class V, class A>  // grad <- gradient of the logit, from s*t
+GP_TARGET_CLONES void logit_row(const A* slope, const V* s, const A* t, int64_t n, bool mix,
                                 A* __restrict__ grad) {
-  for (int64_t i = 0; i < n; ++i) grad[i] = logit_gradient(slope[i], s[i] * t[i], mix);
+  for (int64_t i = 0; i < n; ++i) grad[i] = logit_gradient(slope[i], widen(s[i]) * t[i], mix);
 }
 
-template <class A>  // sum <- sum + s*t
-GP_TARGET_CLONES void multiply_add_row(const A* __restrict__ s, const A* __restrict__ t, int64_t n,
+template <class V, class A>  // sum <- sum + s*t
+GP_TARGET_CLONES void multiply_add_row(const V* __restrict__ s, const A* __restrict__ t, int64_t n,
                                        A* __restrict__ sum) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += s[i] * t[i];
+  for (int64_t i = 0; i < n; ++i) sum[i] += widen(s[i]) * t[i];
 }
 
-// ---- rows of any dtype and stride <-> buffers ----
+// ---- rows of any dtype and stride <-> what the loops work on ----
+
+// Whether the loops can work on rows of V where they lie.
+template <class V>
+bool is_run_of(const Rows& rows) {
+  return rows.data != nullptr && rows.dtype == kDType<V> && rows.channel_stride == 1;
+}
 
 // The values of a row: where they lie, or widened in `buffer`.
-template <class A>
-const A* load_row(const Rows& rows, RowIndex row, int64_t n, A* buffer) {
+template <class V>
+const V* load_row(const Rows& rows, RowIndex row, int64_t n, V* buffer) {
   return load_any(rows.data, rows.dtype, offset_of(rows, row), rows.channel_stride, n, buffer);
 }
 
-// Calls store(target, stride, unit stride?) with the row, in its dtype.
-template <class F>
-void with_target(const Rows& rows, RowIndex row, F&& store) {
+// Where a row is to be written: where it lies, or `buffer`, from which store_row takes it.
+template <class V>
+V* place_of(const Rows& rows, RowIndex row, V* buffer) {
+  return is_run_of<V>(rows) ? static_cast<V*>(rows.data) + offset_of(rows, row) : buffer;
+}
+
+// Writes a row, unless `source` is where it lies.
+template <class V>
+void store_row(const V* source, int64_t n, const Rows& rows, RowIndex row) {
+  const int64_t stride = rows.channel_stride;
   visit(rows.dtype, [&](auto type) {
-    auto* target = static_cast<decltype(type)*>(rows.data) + offset_of(rows, row);
-    rows.channel_stride == 1 ? store(target, 1, std::true_type{})
-                             : store(target, rows.channel_stride, std::false_type{});
+    using T = decltype(type);
+    T* target = static_cast<T*>(rows.data) + offset_of(rows, row);
+    if constexpr (std::is_same_v<T, V>) {
+      if (source == target) return;
+    }
+    if constexpr (std::is_floating_point_v<V>) {
+      stride == 1 ? store<T, V, true>(source, n, target, 1)
+                  : store<T, V, false>(source, n, target, stride);
+    } else if constexpr (std::is_same_v<T, V>) {
+      std::copy(source, source + n, target);
+    }
   });
 }
 
-template <class A>
-void store_row(const A* source, int64_t n, const Rows& rows, RowIndex row) {
-  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
-    store<std::remove_pointer_t<decltype(target)>, A, unit.value>(source, n, target, stride);
+// Calls f with a value of the type that the loops work on: the dtype of the sequence, where rows of
+// block_in (or its gradient) have it, too, and all lie in unit stride; else the compute type.
+template <class F>
+void visit_work(const PromptGateParams& p, F&& f) {
+  visit(p.out.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool in_place = is_run_of<T>(p.out) && (p.in.data == nullptr || is_run_of<T>(p.in));
+    in_place ? f(type) : f(compute_t<T>{});
   });
 }
 
@@ -134,13 +178,6 @@ struct GateRow {
   }
 };
 
-template <class A, class G>
-void store_product_row(G g, const A* t, int64_t n, const Rows& rows, RowIndex row) {
-  with_target(rows, row, [&](auto* target, int64_t stride, auto unit) {
-    store_product<std::remove_pointer_t<decltype(target)>, A, unit.value>(g, t, n, target, stride);
-  });
-}
-
 // Calls f(task, segment, first row, end row) with the rows of each task.
 template <class F>
 void for_each_task(const PromptGateParams& p, int64_t begin, int64_t end, F&& f) {
@@ -153,86 +190,98 @@ void for_each_task(const PromptGateParams& p, int64_t begin, int64_t end, F&& f)
   }
 }
 
+template <class T>  // not filled
+std::unique_ptr<T[]> buffer_of(int64_t size) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
+}
+
 // ---- forward, backward, the sums ----
 
-template <class A>
+template <class V>
 void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
-  const int64_t n = p.dim;
+  using A = compute_t<V>;
+  const int64_t n = p.dim, width = tasks_of(p).width;
   const Segments segments = segments_of(p);
-  std::vector<A> memory(static_cast<size_t>(6 * n + 1));
-  A *h_buffer = memory.data(), *x_buffer = h_buffer + n, *bias = x_buffer + 2 * n;
-  GateRow<A> gate{bias + 1, bias + 1 + n, bias + 1 + 2 * n, tasks_of(p).width};
-  const bool is_linear = p.weight.data != nullptr;
-  const A* weight = is_linear ? load_row(p.weight, {0, 0}, n, x_buffer + n) : nullptr;
-  if (p.bias.data != nullptr) *bias = *load_row(p.bias, {0, 0}, 1, bias);
+  const bool is_linear = p.weight.data != nullptr, saves = p.saved.data != nullptr;
+  const std::unique_ptr<V[]> rows = buffer_of<V>(3 * n);
+  V *h_buffer = rows.get(), *x_buffer = h_buffer + n, *saved_buffer = x_buffer + n;
+  const std::unique_ptr<A[]> memory = buffer_of<A>(3 * width + (is_linear ? n : 0));
+  GateRow<A> gate{memory.get(), memory.get() + width, memory.get() + 2 * width, width};
+  const A* weight = is_linear ? load_row(p.weight, {0, 0}, n, memory.get() + 3 * width) : nullptr;
+  A bias = 0;
+  if (p.bias.data != nullptr) bias = *load_row(p.bias, {0, 0}, 1, &bias);
   for_each_task(p, begin, end, [&](int64_t, int64_t segment, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
-      const A* h = load_row(p.out, row, n, h_buffer);
-      const A* x = load_row(p.in, row, n, x_buffer);
+      const V* h = load_row(p.out, row, n, h_buffer);
+      const V* x = load_row(p.in, row, n, x_buffer);
       if (is_linear) {
-        const A logit = static_cast<A>(dot_row(h, weight, n)) + *bias;
+        const A logit = static_cast<A>(dot_row(h, weight, n)) + bias;
         if (p.logit.data != nullptr) store_row(&logit, 1, p.logit, row);
         gates(&logit, 1, p.mix, gate.g, gate.w, gate.slope);
         if (p.gathered.data != nullptr) store_row(h, n, p.gathered, row);
       } else if (segments.streamed || i == first) {
         gate.read(p, row);
       }
+      V* const target = place_of(p.out, row, h_buffer);
+      V* const saved = place_of(p.saved, row, saved_buffer);
       gate.visit([&](auto g, auto w) {
-        with_target(p.out, row, [&](auto* target, int64_t stride, auto unit) {
-          using T = std::remove_pointer_t<decltype(target)>;
-          T* saved = static_cast<T*>(p.saved.data);  // its rows are contiguous, of this dtype
-          if (saved == nullptr) {
-            store_update<T, A, unit.value>(h, x, g, w, n, target, stride);
-          } else {
-            saved += offset_of(p.saved, row);
-            store_both<T, A, unit.value>(h, x, g, w, p.mix, n, target, stride, saved);
-          }
-        });
+        !saves  ? update_row(h, x, g, w, n, target)
+        : p.mix ? update_and_save_row<true>(h, x, g, w, n, target, saved)
+                : update_and_save_row<false>(h, x, g, w, n, target, saved);
       });
+      store_row(target, n, p.out, row);
+      if (saves) store_row(saved, n, p.saved, row);
     }
   });
 }
 
-template <class A>
-void backward(const PromptGateParams& p, int64_t begin, int64_t end, A* partials) {
-  const int64_t n = p.dim;
+template <class V>
+void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V>* partials) {
+  using A = compute_t<V>;
+  const int64_t n = p.dim, width = tasks_of(p).width;
   const Segments segments = segments_of(p);
   const bool needs_sum = p.grad_logit.data != nullptr || p.grad_bias != nullptr;
-  std::vector<A> memory(static_cast<size_t>(6 * n));
-  A *t_buffer = memory.data(), *s_buffer = t_buffer + n, *grad = s_buffer + n;
-  GateRow<A> gate{grad + n, grad + 2 * n, grad + 3 * n, tasks_of(p).width};
+  const std::unique_ptr<V[]> rows = buffer_of<V>(3 * n);
+  V *s_buffer = rows.get(), *out_buffer = s_buffer + n, *in_buffer = out_buffer + n;
+  const std::unique_ptr<A[]> memory = buffer_of<A>(2 * n + 3 * width);
+  A *t_buffer = memory.get(), *grad = t_buffer + n;
+  GateRow<A> gate{grad + n, grad + n + width, grad + n + 2 * width, width};
   for_each_task(p, begin, end, [&](int64_t task, int64_t segment, int64_t first, int64_t last) {
-    A* const sums = partials == nullptr ? nullptr : partials + task * gate.width;
+    A* const sums = partials == nullptr ? nullptr : partials + task * width;
     double sum = 0;  // where the logit has one element a row
-    if (sums != nullptr) std::fill(sums, sums + gate.width, A(0));
+    if (sums != nullptr) std::fill(sums, sums + width, A(0));
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
       if (segments.streamed || i == first) gate.read(p, row);
       const A* t = load_row(p.out, row, n, t_buffer);
       if (p.carrier.data != nullptr) {
-        add_row(t, load_row(p.carrier, row, n, s_buffer), n, t_buffer);
+        add_row(t, load_row(p.carrier, row, n, grad), n, t_buffer);
         t = t_buffer;
       }
-      if (needs_sum) {
-        const A* s = load_row(p.saved, row, n, s_buffer);
+      V* const out = p.rescale ? place_of(p.out, row, out_buffer) : out_buffer;
+      V* const in = place_of(p.in, row, in_buffer);
+      const V* s = needs_sum ? load_row(p.saved, row, n, s_buffer) : nullptr;
+      if (needs_sum && p.by_channel) {
         if (!segments.streamed) {
-          p.by_channel ? multiply_add_row(s, t, n, sums) : void(sum += dot_row(s, t, n));
+          multiply_add_row(s, t, n, sums);
         } else {
-          if (p.by_channel) {
-            logit_row(gate.slope, s, t, n, p.mix, grad);
-            if (sums != nullptr) add_row<A>(sums, grad, n, sums);
-          } else {
-            grad[0] = logit_gradient(gate.slope[0], static_cast<A>(dot_row(s, t, n)), p.mix);
-            sum += static_cast<double>(grad[0]);
-          }
-          if (p.grad_logit.data != nullptr) store_row(grad, gate.width, p.grad_logit, row);
+          logit_row(gate.slope, s, t, n, p.mix, grad);
+          if (sums != nullptr) add_row<A>(sums, grad, n, sums);
         }
       }
-      gate.visit([&](auto g, auto w) {
-        if (p.in.data != nullptr) store_product_row(w, t, n, p.in, row);
-        if (p.rescale) store_product_row(g, t, n, p.out, row);
-      });
+      if (needs_sum && !p.by_channel) {
+        const double dot = scale_and_dot_row(s, t, *gate.g, *gate.w, n, out, in);
+        grad[0] = logit_gradient(*gate.slope, static_cast<A>(dot), p.mix);
+        sum += segments.streamed ? static_cast<double>(grad[0]) : dot;
+      } else {
+        gate.visit([&](auto g, auto w) { scale_row(t, g, w, n, out, in); });
+      }
+      if (segments.streamed && p.grad_logit.data != nullptr) {
+        store_row(grad, width, p.grad_logit, row);
+      }
+      if (p.rescale) store_row(out, n, p.out, row);
+      if (p.in.data != nullptr) store_row(in, n, p.in, row);
     }
     if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
   });
@@ -270,15 +319,15 @@ void finish(const PromptGateParams& p, const A* partials) {
 }  // namespace
 
 void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end) {
-  params.out.dtype == DType::kFloat64 ? forward<double>(params, task_begin, task_end)
-                                      : forward<float>(params, task_begin, task_end);
+  visit_work(params, [&](auto type) { forward<decltype(type)>(params, task_begin, task_end); });
 }
 
 void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end,
                          void* partials) {
-  params.out.dtype == DType::kFloat64
-      ? backward(params, task_begin, task_end, static_cast<double*>(partials))
-      : backward(params, task_begin, task_end, static_cast<float*>(partials));
+  visit_work(params, [&](auto type) {
+    using V = decltype(type);
+    backward<V>(params, task_begin, task_end, static_cast<compute_t<V>*>(partials));
+  });
 }
 
 void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials) {
@@ -288,7 +337,7 @@ void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials
 
 const char* cpu_instructions() {
 #if GP_HAS_CLONES
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports(GP_WIDEST)) return GP_WIDEST;
   if (__builtin_cpu_supports("avx2")) return "avx2";
 #endif
   return "baseline";

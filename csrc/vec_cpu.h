@@ -11,7 +11,13 @@
 // One build serves every x86-64: the loader picks the widest version that the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
 #define GP_HAS_CLONES 1
-#define GP_TARGET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#if __GNUC__ >= 12             // g++ 12 on (clang calls itself 4)
+#define GP_WIDEST "x86-64-v4"  // AVX-512 with its instructions for 16-bit elements
+#define GP_TARGET_CLONES __attribute__((target_clones("arch=" GP_WIDEST, "avx2", "default")))
+#else
+#define GP_WIDEST "avx512f"
+#define GP_TARGET_CLONES __attribute__((target_clones(GP_WIDEST, "avx2", "default")))
+#endif
 #else
 #define GP_HAS_CLONES 0
 #define GP_TARGET_CLONES
@@ -35,22 +41,37 @@ GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __rest
   }
 }
 
-// Sum of s*t in kLanes interleaved sums, which are the same lanes whatever the instruction set.
+// Sums are taken in kLanes interleaved lanes, which are the same whatever the instruction set.
+constexpr int64_t kLanes = 32;
+
 template <class A>
-GP_TARGET_CLONES double dot_row(const A* s, const A* t, int64_t n) {
-  constexpr int64_t kLanes = 32;
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += s[i + k] * t[i + k];
-  }
-  for (int64_t k = 0; i + k < n; ++k) lanes[k] += s[i + k] * t[i + k];
+inline double sum_of_lanes(const A* lanes) {
   double sum = 0;
   for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
   return sum;
 }
 
+template <class V, class A>  // sum of s*t
+GP_TARGET_CLONES double dot_row(const V* s, const A* t, int64_t n) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += widen(s[i + k]) * t[i + k];
+  }
+  for (int64_t k = 0; i + k < n; ++k) lanes[k] += widen(s[i + k]) * t[i + k];
+  return sum_of_lanes(lanes);
+}
+
 // ---- elements of any dtype ----
+
+template <class T>
+constexpr DType kDType = DType::kFloat64;
+template <>
+constexpr DType kDType<float> = DType::kFloat32;
+template <>
+constexpr DType kDType<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDType<Half> = DType::kFloat16;
 
 // Calls f with a value of the C++ type that stands for dtype.
 template <class F>
@@ -63,22 +84,25 @@ void visit(DType dtype, F&& f) {
   }
 }
 
-// n elements from data[offset] on: where they lie, or widened in `buffer`.
-template <class A>
-const A* load_any(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t n,
-                  A* buffer) {
-  const A* values = buffer;
+// n elements from data[offset] on, as V: where they lie, or widened in `buffer`. A storage type is
+// only found where they lie.
+template <class V>
+const V* load_any(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t n,
+                  V* buffer) {
+  const V* values = buffer;
   visit(dtype, [&](auto type) {
     using T = decltype(type);
     const T* source = static_cast<const T*>(data) + offset;
-    if constexpr (std::is_same_v<T, A>) {
+    if constexpr (std::is_same_v<T, V>) {
       if (stride == 1) {
         values = source;
         return;
       }
     }
-    stride == 1 ? load<T, A, true>(source, 1, n, buffer)
-                : load<T, A, false>(source, stride, n, buffer);
+    if constexpr (std::is_floating_point_v<V>) {
+      stride == 1 ? load<T, V, true>(source, 1, n, buffer)
+                  : load<T, V, false>(source, stride, n, buffer);
+    }
   });
   return values;
 }

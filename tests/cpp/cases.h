@@ -110,6 +110,7 @@ constexpr Case kCases[] = {
     {{4, 5, 33}, padded, padded},
     {{4, 5, 33}, every_second, transposed},
     {{4, 5, 33}, transposed, every_second},
+    {{2, 9, 1000}, sequence, compact},
     {{2, 9, 1500}, sequence, sequence},
     {{2, 9, 1500}, padded, compact},
     {{2, 9, 1500}, padded16, padded16},
@@ -276,10 +277,12 @@ struct Call {
   }
 };
 
-inline void run_fwd_cpu(const PromptGateParams& p) {
+inline void run_fwd_cpu(const PromptGateParams& params) {
+  const PromptGateParams p = join_rows(params);
   prompt_gate_fwd_cpu(p, 0, tasks_of(p).count);
 }
-inline void run_bwd_cpu(const PromptGateParams& p, int64_t step = 1 << 30) {
+inline void run_bwd_cpu(const PromptGateParams& params, int64_t step = 1 << 30) {
+  const PromptGateParams p = join_rows(params);
   const Tasks tasks = tasks_of(p);
   std::vector<double> partials(static_cast<size_t>(tasks.count * tasks.width));
   void* const memory = reduces(p) ? partials.data() : nullptr;

@@ -248,6 +248,30 @@ void test_tasks() {
   }
 }
 
+// Longer rows, where a gate is one for a sample and nothing lies between its rows.
+void test_joined_rows() {
+  for (const Kind& kind : kKinds) {
+    for (const auto layout : {sequence, padded}) {
+      Call call(Case{{2, 10, 512}, layout, compact}, Types{kF32, kF32}, kind, true, true);
+      call.carries = true;
+      const PromptGateParams p = call.params(/*backward=*/true), joined = join_rows(p);
+      const bool may_join = !kind.by_row && !kind.by_channel && layout == sequence;
+      CHECK(joined.length == (may_join ? 2 : 10), "%d rows", int(joined.length));
+      CHECK(joined.length * joined.dim == p.length * p.dim, "%d elements", int(joined.dim));
+      const Rows before[] = {p.out, p.in, p.saved, p.carrier};
+      const Rows after[] = {joined.out, joined.in, joined.saved, joined.carrier};
+      for (int i = 0; i < 4; ++i) {  // element d of row r is where it was
+        for (int64_t k = 0; k < p.length * p.dim; k += 256) {
+          const auto at = [&](const PromptGateParams& params, const Rows& rows) {
+            return offset_of(rows, {1, k / params.dim}) + k % params.dim * rows.channel_stride;
+          };
+          CHECK(at(p, before[i]) == at(joined, after[i]), "tensor %d, element %d", i, int(k));
+        }
+      }
+    }
+  }
+}
+
 // ---- CUDA launch shape and index map ----
 
 struct View {
@@ -412,6 +436,7 @@ int main(int argc, char** argv) {
                      {"forward", test_forward},
                      {"backward", test_backward},
                      {"tasks", test_tasks},
+                     {"joined_rows", test_joined_rows},
                      {"plan", test_plan},
                      {"segments", test_segments},
                  });
