@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from gates import Alone
 from shapes import MODELS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,6 +163,16 @@ def _gate_bytes(func, args):
         dtype=str(args[0].dtype).removeprefix("torch."), gate="scalar",
     )  # fmt: skip
     return plan["bytes_moved"]
+
+
+def gate_bytes(case, peer):
+    """What a forward and backward of a gate alone move."""
+    work, traffic = Alone(case, peer), _Traffic()
+    work.prepare()
+    with mock.patch.object(ops, "_is_reusable", return_value=True), traffic:
+        work.forward()
+        work.backward()
+    return traffic.bytes
 
 
 def _addmm_flop(self, a, b, *args, **kwargs):

@@ -18,7 +18,9 @@ from xml.etree import ElementTree
 
 import goals
 import matplotlib.pyplot as plt
+from counts import gate_bytes
 from goals import NOT_MEASURED
+from shapes import Case
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -229,6 +231,12 @@ def aims(results):
         for case, peers in counted().items()
         for peer, passes in peers.items()
         for which, count in passes.items()
+    ]
+    found["cpu"] += [
+        {"suite": "bytes", "case": str(case), "peer": peer, "which": "forward+backward"}
+        | {"bytes": gate_bytes(case, peer)}
+        for case in (Case("cpu", 8), Case("cpu", 8, dtype="bfloat16"))
+        for peer in ("original", OURS)
     ]
     header = ("goal", "of", "", "measured", "mode", "met")
     return markdown(header, goals.lines(found), left=2)

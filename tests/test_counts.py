@@ -14,7 +14,9 @@ timm_or_skip()
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import counts
+import shapes
 import vit_peers
+from gates import bytes_moved
 
 ARCH, DEPTH, D, N, P = "vit_tiny_patch16_224", 3, 192, 1 + 4 + 196, 4
 of_step = functools.partial(counts.count, arch=ARCH, pixels=224, prompts=P, batch=1, depth=DEPTH)
@@ -61,3 +63,12 @@ def test_gates_move_what_their_plan_says():
     with counts._Traffic() as traffic:
         gp.prompt_gate_(h, x, logit, 1, 3)
     assert (traffic.kernels, traffic.bytes) == (1, 3 * 2 * 3 * 16 * 4 + 4)
+
+
+def test_bytes_of_a_gate_alone_are_those_of_both_passes():
+    case = shapes.Case("cpu", 2, "ViT-S/16", 32, prompts=3)
+    ours = bytes_moved(case)["forward+backward"]
+    assert counts.gate_bytes(case, "gated_prompt, carrier") == ours
+    sequence, rows = 2 * 8 * 384 * 4, 2 * 3 * 384 * 4
+    # [B, N, D] of zeros is read and written around the gradient of block_in's rows
+    assert counts.gate_bytes(case, "gated_prompt") == ours + sequence + rows
