@@ -271,13 +271,11 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
     check_storage(tensor, name);
     STD_TORCH_CHECK(tensor.size(0) == size, "prompt_gate: ", name, " must be [", size, "], got [",
                     tensor.size(0), "]");
-    return Rows{tensor.data_ptr(), 0, 0, tensor.stride(0), to_dtype(tensor.scalar_type(), name)};
+    const int64_t stride = size == 1 ? 0 : tensor.stride(0);  // as set_logit: one for all channels
+    return Rows{tensor.data_ptr(), 0, 0, stride, to_dtype(tensor.scalar_type(), name)};
   };
   p.weight = vector_of(weight, "weight", p.dim);
-  if (bias.has_value()) {
-    p.bias = vector_of(*bias, "bias", 1);
-    p.bias.channel_stride = 0;  // one element for all channels, as far as it reaches
-  }
+  if (bias.has_value()) p.bias = vector_of(*bias, "bias", 1);
   if (!is_empty(p)) {
     check_overlap(p, p.out, &p.in, "block_in");
     check_apart(p, p.weight, "weight");
@@ -335,14 +333,10 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tenso
     check_apart(p, p.saved, "saved");
   }
   Tensor grad_in = new_rows(p, grad_out, need_in, &p.in, in_dtype);
-  std::vector<int64_t> shape{0};
-  if (need_logit) {
-    shape.clear();
-    for (int64_t d = 0; d < gate_logit.dim(); ++d) shape.push_back(gate_logit.size(d));
-  }
   // a sum over nothing is 0
-  Tensor grad_logit = is_empty(p) ? torch::stable::new_zeros(gate_logit, shape)
-                                  : torch::stable::new_empty(gate_logit, shape);
+  Tensor grad_logit = !need_logit   ? torch::stable::new_empty(gate_logit, {0})
+                      : is_empty(p) ? torch::stable::new_zeros(gate_logit, gate_logit.sizes())
+                                    : torch::stable::new_empty(gate_logit, gate_logit.sizes());
   if (need_logit) {
     p.grad_logit = contiguous_like_logit(p, grad_logit.data_ptr(), p.logit.dtype);
   }

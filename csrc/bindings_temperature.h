@@ -76,9 +76,7 @@ inline Tensor make_divided(const Tensor& tensor, const char* name, const Tensor&
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == weight.scalar_type() &&
                       tensor.size(0) == weight.size(0),
                   "divide_rows: ", name, " must be contiguous, of weight's dtype, with its rows");
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
-  Tensor result = torch::stable::new_empty(tensor, shape, dtype);
+  Tensor result = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
   const int64_t size = tensor.numel(), all = tensor.size(0);
   *operand = {tensor.data_ptr(), result.data_ptr(), size, all == 0 ? 0 : size / all * rows};
   return result;

@@ -117,7 +117,9 @@ GP_TARGET_CLONES void multiply_add_row(const V* __restrict__ s, const A* __restr
 // Whether the loops can work on rows of V where they lie.
 template <class V>
 bool is_run_of(const Rows& rows) {
-  return rows.data != nullptr && rows.dtype == kDType<V> && rows.channel_stride == 1;
+  bool is_v = false;
+  visit(rows.dtype, [&](auto type) { is_v = std::is_same_v<decltype(type), V>; });
+  return is_v && rows.data != nullptr && rows.channel_stride == 1;
 }
 
 // The values of a row: where they lie, or widened in `buffer`.

@@ -64,15 +64,6 @@ GP_TARGET_CLONES double dot_row(const V* s, const A* t, int64_t n) {
 
 // ---- elements of any dtype ----
 
-template <class T>
-constexpr DType kDType = DType::kFloat64;
-template <>
-constexpr DType kDType<float> = DType::kFloat32;
-template <>
-constexpr DType kDType<BFloat16> = DType::kBFloat16;
-template <>
-constexpr DType kDType<Half> = DType::kFloat16;
-
 // Calls f with a value of the C++ type that stands for dtype.
 template <class F>
 void visit(DType dtype, F&& f) {
