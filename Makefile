@@ -109,7 +109,7 @@ gpu-build:
 
 flag_if = $(shell $(PYTHON) -c "import $(1)" 2>/dev/null && printf '%s' '$(2)')
 gpu-tests: gpu-build
-	$(PYTHON) -m pytest tests -m cuda $(call flag_if,xdist,-n 4) $(call flag_if,pytest_timeout,--timeout=180) \
+	$(PYTHON) -m pytest tests -m cuda $(call flag_if,xdist,-n 4) $(call flag_if,pytest_timeout,--timeout=180 --timeout-method=thread) \
 	  --junitxml=$(RESULTS)/$@.xml
 
 gpu_bench = $(PYTHON) -m pytest --benchmark-only -k "cuda and not cpu$(1)" $(BENCH) --benchmark-json=$(RESULTS)/$@.json

@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _full_precision():
+    """Products of float32 and sums of 16-bit ones are not shortened: results are compared."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _which_torch(record_testsuite_property):
     record_testsuite_property("torch", torch.__version__)  # for tests/support.py
 

