@@ -54,24 +54,34 @@ def needed(name):
     """Of a kernel for the widest packs: 128-bit loads, 128-bit stores, and narrower stores of packs
     that it may have. None for other kernels."""
     kernel, h, x, vector, *flags = re.findall(r"\w+", name)
-    vector, by_channel = int(vector), flags == ["true"]
+    vector, is_streamed = int(vector), flags == ["true"]
     if vector * min(SIZES[h], SIZES[x]) != 16:
         return None
     out, into = (vector * SIZES[t] // 16 for t in (h, x))  # 128-bit words of a pack
+    in_row = 3 if max(out, into) == 1 else 1  # kRowPacks of prompt_gate.cu
+    # of the backward by strips, stages of packs and whether the next one is loaded ahead
+    stage, loads = (1, 1) if is_streamed or out > 1 else (PACKS_IN_FLIGHT, 2 * PACKS_IN_FLIGHT)
     # packs of logits or weights; the two 16-bit types may share an instruction, if it is a load
     read_pack = sum(vector * size // 16 for size in LOGIT_SIZES[:3])
     write_pack = sum(vector * size // 16 for size in LOGIT_SIZES)
     narrow = sum(vector * size < 16 for size in LOGIT_SIZES)
     if kernel == "prompt_gate_fwd_kernel":
         return PACKS_IN_FLIGHT * (out + into), PACKS_IN_FLIGHT * 2 * out, 0
-    if kernel == "prompt_gate_bwd_kernel":
-        return PACKS_IN_FLIGHT * 3 * out, PACKS_IN_FLIGHT * (out + into), 0
-    if kernel == "prompt_gate_segment_fwd_kernel":
-        return out + into + by_channel * read_pack, 2 * out, 0
-    if kernel == "prompt_gate_segment_bwd_kernel" and not by_channel:
-        return 3 * out, out + into, 0
-    if kernel == "prompt_gate_segment_bwd_kernel":  # stores twice: streamed, and not
-        return 3 * out + read_pack, 2 * (out + into) + write_pack, narrow
+    if kernel == "prompt_gate_bwd_kernel":  # twice: for a gate of each sample, and not
+        return 4 * 3 * out, 2 * (out + into), 0
+    if kernel == "prompt_gate_row_fwd_kernel":
+        return in_row * (out + into), in_row * 2 * out, 0
+    if kernel == "prompt_gate_row_bwd_kernel":
+        return in_row * 3 * out, in_row * (out + into), 0
+    if kernel == "prompt_gate_prompt_bwd_kernel":
+        return 2 * in_row * 3 * out, in_row * (out + into), 0
+    if kernel == "prompt_gate_strip_fwd_kernel":
+        if is_streamed:
+            return out + into + read_pack, 2 * out, 0
+        return 2 * PACKS_IN_FLIGHT * (out + into), PACKS_IN_FLIGHT * 2 * out, 0
+    if kernel == "prompt_gate_strip_bwd_kernel":
+        moved = loads * 3 * out + is_streamed * read_pack
+        return moved, stage * (out + into) + is_streamed * write_pack, is_streamed * narrow
     if kernel == "prompt_gate_linear_token_fwd_kernel":
         return 2 * out + into + read_pack, 3 * out, 0
     if kernel == "scaled_dot_kernel":

@@ -121,7 +121,7 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   if (save) p.saved = compact;
   p.logit = contiguous_like_logit(p, aligned, linear ? type : DType::kFloat32);
   if (backward && save) p.grad_logit = p.logit;
-  const LaunchPlan plan = plan_launch(p);
+  const LaunchPlan plan = plan_launch(p, backward);
   // forward: read h and x, write h and saved; backward: read G and saved, write G and the gradient
   // of x; and the logit or its gradient, which counts where it has a value for each element
   int64_t bytes = batch * length * dim * item_size(type) * (save ? 4 : 3);
@@ -129,7 +129,7 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   bytes += logits * item_size(p.logit.dtype) * (backward && save ? 2 : 1);
   pybind11::dict info;
   info["grid"] = pybind11::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
-  info["block"] = kThreads;
+  info["block"] = plan.mapping == Mapping::kPacks && !backward ? kForwardThreads : kThreads;
   info["vector_width"] = plan.vector;
   info["bytes_moved"] = bytes;
   return info;

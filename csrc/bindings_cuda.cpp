@@ -6,6 +6,8 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "bindings_temperature.h"
@@ -32,24 +34,39 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// Memory for sums over blocks, its tickets zero. One buffer per stream serves all launches there,
-// one after the other. A captured graph may be replayed beside anything, so it gets memory of its
-// own, zeroed by the graph; so does cudaStreamPerThread, one handle for a stream in each thread.
-// The buffers are never freed: at exit the CUDA context may be gone before them.
+// Memory for sums over blocks, its tickets zero. Each stream has a slot, which serves all launches
+// there, one after the other; so has each capture of a stream, since its graph may be replayed
+// beside anything. A slot is never given back: a graph may live as long as the process, and at exit
+// the CUDA context may be gone before it. Slots are made outside of captures, whose memory is the
+// graph's. Where none is left, and for cudaStreamPerThread, one handle for a stream in each thread,
+// the launch gets memory of its own, zeroed on its stream.
 Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
+  constexpr size_t kMostSlots = 64, kMadeAtOnce = 8;  // of a device
+  struct Slots {
+    std::map<std::pair<void*, unsigned long long>, Tensor> used;  // by stream and capture
+    std::vector<Tensor> spare;
+  };
   const auto make = [&](size_t size) {
     return torch::stable::new_zeros(reference, {static_cast<int64_t>(size)}, ScalarType::Byte);
   };
-  bool capturing = false;
-  check_cuda(is_stream_capturing(stream, &capturing));
-  if (capturing || stream == kStreamPerThread) return make(bytes);
+  unsigned long long capture = 0;  // none
+  check_cuda(capture_of(stream, &capture));
+  if (stream == kStreamPerThread) return make(bytes);
   static std::mutex mutex;
-  static auto& buffers = *new std::map<std::pair<int32_t, void*>, Tensor>;
+  static auto& devices = *new std::map<int32_t, Slots>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(reference.get_device_index(), stream);
-  const auto found = buffers.find(key);
-  return found != buffers.end() ? found->second
-                                : buffers.emplace(key, make(kMaxWorkspaceBytes)).first->second;
+  Slots& slots = devices[reference.get_device_index()];
+  const auto key = std::make_pair(stream, capture);
+  const auto found = slots.used.find(key);
+  if (found != slots.used.end()) return found->second;
+  if (slots.spare.empty() && capture == 0 && slots.used.size() < kMostSlots) {
+    for (size_t i = 0; i < kMadeAtOnce; ++i) slots.spare.push_back(make(kMaxWorkspaceBytes));
+    check_cuda(synchronize(stream));  // other streams find them zeroed
+  }
+  if (slots.spare.empty()) return make(bytes);
+  const Tensor slot = slots.spare.back();
+  slots.spare.pop_back();
+  return slots.used.emplace(key, slot).first->second;
 }
 
 // launch(memory, stream) runs a kernel that needs `bytes` of the workspace, or no memory.

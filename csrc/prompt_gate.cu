@@ -10,8 +10,7 @@
 namespace gated_prompt {
 namespace {
 
-// Blocks that an SM must be able to hold: at most 85 registers a thread. Left free, ptxas 13.0
-// spills in one kernel; held to 4 blocks, in two (make resources). Not yet tuned on a GPU.
+// Blocks that an SM must be able to hold: at most 80 registers a thread.
 constexpr int kMinBlocks = 3;
 
 // ---- elements of any dtype: logits, weights, their gradients ----
@@ -139,34 +138,61 @@ struct BackwardPack {
   }
 };
 
+// What a thread takes in turn: a stage of kStage packs, first, first + inner, ..., and such stages
+// by `step`, all below `end`. A stage is loaded as a whole, by load(pack, index), before any of it
+// is used, by use(pack, index); kAhead: before the stage before it is used. prepare() comes behind
+// the first loads: what it computes does not hold them up.
+template <int kStage, bool kAhead, class P, class Load, class Prepare, class Use>
+__device__ __forceinline__ void pipeline(int64_t first, int64_t inner, int64_t step, int64_t end,
+                                         Load&& load, Prepare&& prepare, Use&& use) {
+  P now[kStage], next[kStage];
+  const auto load_stage = [&](P(&packs)[kStage], int64_t start) {
+#pragma unroll
+    for (int k = 0; k < kStage; ++k) {
+      if (start + k * inner < end) load(packs[k], start + k * inner);
+    }
+  };
+  load_stage(now, first);
+  prepare();
+  for (int64_t start = first; start < end; start += step) {
+    if (kAhead) load_stage(next, start + step);
+#pragma unroll
+    for (int k = 0; k < kStage; ++k) {
+      if (start + k * inner < end) use(now[k], start + k * inner);
+      if (kAhead) now[k] = next[k];
+    }
+    if (!kAhead) load_stage(now, start + step);
+  }
+}
+
 // ---- sums over blocks: see vec.cuh ----
 
-// What becomes of the sum of a gate, or (streamed) of a bias.
-__device__ __forceinline__ void finish_sum(const PromptGateParams& p, bool is_bias, RowIndex row,
-                                           int64_t channel, double sum) {
-  if (is_bias) {
-    if (p.out.dtype == DType::kFloat64) {
-      static_cast<double*>(p.grad_bias)[channel] = sum;
-    } else {
-      static_cast<float*>(p.grad_bias)[channel] = static_cast<float>(sum);
-    }
-    return;
-  }
-  const int64_t logit = offset_of(p.logit, row) + channel * p.logit.channel_stride;
-  const double slope = make_gate(read<double>(p.logit, logit)).slope;
-  write(p.grad_logit, offset_of(p.grad_logit, row) + channel * p.grad_logit.channel_stride,
-        logit_gradient(slope, sum, p.mix));
-}
+// What becomes of a sum: the gradient of a logit, or of a bias (is_bias).
+struct SumEnd {
+  const PromptGateParams& p;
+  bool is_bias;
+  RowIndex row;
+  int64_t channel;
 
-// One sum, of `value` over the threads of `blocks` blocks; this is number `block` of them.
-template <class A>
-__device__ __forceinline__ void gate_sum_over_blocks(const PromptGateParams& p, bool is_bias,
-                                                     RowIndex row, A value, unsigned blocks,
-                                                     unsigned block, unsigned* ticket,
-                                                     double* partials) {
-  sum_over_blocks(value, blocks, block, ticket, partials,
-                  [&](double total) { finish_sum(p, is_bias, row, 0, total); });
-}
+  // What does not need the sum, while it is on its way.
+  __device__ __forceinline__ double prepare() const {
+    if (is_bias) return 0;
+    const int64_t logit = offset_of(p.logit, row) + channel * p.logit.channel_stride;
+    return make_gate(read<double>(p.logit, logit)).slope;
+  }
+  __device__ __forceinline__ void finish(double sum, double slope) const {
+    if (is_bias) {
+      if (p.out.dtype == DType::kFloat64) {
+        static_cast<double*>(p.grad_bias)[channel] = sum;
+      } else {
+        static_cast<float*>(p.grad_bias)[channel] = static_cast<float>(sum);
+      }
+      return;
+    }
+    write(p.grad_logit, offset_of(p.grad_logit, row) + channel * p.grad_logit.channel_stride,
+          logit_gradient(slope, sum, p.mix));
+  }
+};
 
 // A sum for each channel of a strip, of the threads in the same lane of the warps of `blocks`
 // blocks. The last block reads their partial sums 16 bytes a thread, in groups of threads that take
@@ -186,26 +212,39 @@ __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p,
   __syncthreads();
   const int column = static_cast<int>(threadIdx.x);  // kColumns <= kThreads
   const bool is_there = column < kColumns && first_channel + column < p.dim;
-  double total = 0;
+  const SumEnd end{p, is_bias, row, first_channel + column};
+  double total = 0, slope = 0;
   if (is_there) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += static_cast<double>(warp_sums[w][column]);
   }
-  if (blocks > 1) {
+  if (blocks == 1) {
+    if (is_there) slope = end.prepare();
+  } else {
     if (is_there) partials[int64_t(block) * kColumns + column] = static_cast<A>(total);
     if (!arrives_last(ticket, blocks)) return;
-    constexpr int kWide = 16 / sizeof(A), kGroups = kThreads / (kColumns / kWide);
+    constexpr int kWide = 16 / sizeof(A), kGroups = kThreads / (kColumns / kWide), kAtOnce = 8;
     __shared__ double group_sums[kGroups][kColumns];
     const int group = column / (kColumns / kWide), start = column % (kColumns / kWide) * kWide;
     double sums[kWide] = {};
-    for (unsigned i = group; i < blocks; i += kGroups) {
-      const auto* words =
-          reinterpret_cast<const Word<16>::type*>(partials + int64_t(i) * kColumns + start);
-      Pack<A, kWide> pack{{__ldcg(words)}};
-      A values_i[kWide];
-      pack.get(values_i);
+    for (unsigned first = 0; first < blocks; first += kGroups * kAtOnce) {
+      Pack<A, kWide> packs[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kWide; ++k) sums[k] += static_cast<double>(values_i[k]);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const unsigned i = first + j * kGroups + group;
+        const auto* words =
+            reinterpret_cast<const Word<16>::type*>(partials + int64_t(i) * kColumns + start);
+        packs[j] = {};
+        if (i < blocks) packs[j].words[0] = __ldcg(words);
+      }
+      if (is_there && first == 0) slope = end.prepare();  // while these are on their way
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        A values_j[kWide];
+        packs[j].get(values_j);
+#pragma unroll
+        for (int k = 0; k < kWide; ++k) sums[k] += static_cast<double>(values_j[k]);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kWide; ++k) group_sums[group][start + k] = sums[k];
@@ -216,15 +255,15 @@ __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p,
       for (int g = 0; g < kGroups; ++g) total += group_sums[g][column];
     }
   }
-  if (is_there) finish_sum(p, is_bias, row, first_channel + column, total);
+  if (is_there) end.finish(total, slope);
 }
 
-// ---- by pack: one gate for a whole sample ----
+// ---- by pack: a thread works on packs, in the order of memory ----
 //
+// Forward of every gate that does not vary by channel, backward of one gate for a whole sample.
 // kOneRun: the P rows of a sample are one contiguous run in every tensor, and packs are the widest.
-// The gate is read behind the loads of the packs, so that these are the first to be under way.
 
-// Position of pack `index` of sample b within Rows, in elements.
+// Position of a pack of sample b within Rows, in elements.
 template <int kVector, bool kOneRun>
 __device__ __forceinline__ int64_t place(const LaunchPlan& plan, const Rows& rows, int64_t b,
                                          int64_t index) {
@@ -233,226 +272,327 @@ __device__ __forceinline__ int64_t place(const LaunchPlan& plan, const Rows& row
 }
 
 template <class H, class X, int kVector, bool kOneRun>
-__global__ void __launch_bounds__(kThreads, kOneRun ? 4 : kMinBlocks)
+__global__ void __launch_bounds__(kForwardThreads, kOneRun ? 8 : 6)
     prompt_gate_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
   using A = compute_t<H>;
+  using Packs = ForwardPack<H, X, kVector>;
   const int64_t packs = kOneRun ? plan.packs_per_row : plan.rows * plan.packs_per_row;
-  const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
+  constexpr int kTile = kForwardThreads * kPacksInFlight;
   for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
-         first < packs; first += step) {
-      ForwardPack<H, X, kVector> pack[kPacksInFlight];
-#pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
-        const int64_t index = first + k * kThreads;
-        if (index < packs) {
-          pack[k].load(p, place<kVector, kOneRun>(plan, p.out, b, index),
-                       place<kVector, kOneRun>(plan, p.in, b, index));
-        }
-      }
-      const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
-#pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
-        const int64_t index = first + k * kThreads;
-        if (index >= packs) break;
-        pack[k].update_and_store(p, place<kVector, kOneRun>(plan, p.out, b, index),
-                                 place<kVector, kOneRun>(plan, p.saved, b, index),
-                                 [&](int) { return gate; });
-      }
-    }
+    Gate<A> gate;
+    pipeline<kPacksInFlight, false, Packs>(
+        int64_t(blockIdx.x) * kTile + threadIdx.x, kForwardThreads, plan.grid_x * kTile, packs,
+        [&](Packs& pack, int64_t index) {
+          pack.load(p, place<kVector, kOneRun>(plan, p.out, b, index),
+                    place<kVector, kOneRun>(plan, p.in, b, index));
+        },
+        [&] { gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride)); },
+        [&](Packs& pack, int64_t index) {
+          pack.update_and_store(p, place<kVector, kOneRun>(plan, p.out, b, index),
+                                place<kVector, kOneRun>(plan, p.saved, b, index),
+                                [&](int) { return gate; });
+        });
   }
 }
 
-// As many blocks an SM as ptxas 13.0 fits without spills (make resources). Not yet tuned on a GPU.
-template <class H, int kVector, bool kOneRun>
-constexpr int kMinBlocksBackward = kOneRun && sizeof(H) * kVector == 16 ? 4 : 2;
-
+// A gate for each sample has a sum for each: a thread takes packs of its sample. Else it takes the
+// same pack of sample after sample.
 template <class H, class X, int kVector, bool kOneRun>
-__global__ void __launch_bounds__(kThreads, kMinBlocksBackward<H, kVector, kOneRun>)
+__global__ void __launch_bounds__(kThreads, kOneRun && sizeof(H) * kVector == 16 ? 4 : 2)
     prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
                            double* partials) {
   using A = compute_t<H>;
+  using Packs = BackwardPack<H, X, kVector>;
   const int64_t packs = kOneRun ? plan.packs_per_row : plan.rows * plan.packs_per_row;
-  const int64_t step = plan.grid_x * kThreads * kPacksInFlight;
+  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = plan.grid_x * kThreads;
   const bool reduces = p.grad_logit.data != nullptr;
   A sum = A(0);
-  for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
-    for (int64_t first = int64_t(blockIdx.x) * kThreads * kPacksInFlight + threadIdx.x;
-         first < packs; first += step) {
-      BackwardPack<H, X, kVector> pack[kPacksInFlight];
-#pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
-        const int64_t index = first + k * kThreads;
-        if (index < packs) {
-          pack[k].load(p, place<kVector, kOneRun>(plan, p.out, b, index),
-                       place<kVector, kOneRun>(plan, p.saved, b, index),
-                       place<kVector, kOneRun>(plan, p.carrier, b, index));
-        }
+  Gate<A> gate;
+  const auto prepare = [&](int64_t b) {
+    gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
+  };
+  const auto load = [&](Packs& pack, int64_t b, int64_t index) {
+    pack.load(p, place<kVector, kOneRun>(plan, p.out, b, index),
+              place<kVector, kOneRun>(plan, p.saved, b, index),
+              place<kVector, kOneRun>(plan, p.carrier, b, index));
+  };
+  const auto use = [&](Packs& pack, int64_t b, int64_t index) {
+    pack.update_and_store(
+        p, place<kVector, kOneRun>(plan, p.out, b, index),
+        place<kVector, kOneRun>(plan, p.in, b, index), [&](int) { return gate; },
+        [&](int, A product) { sum += product; });
+  };
+  if (p.by_sample) {
+    for (int64_t b = blockIdx.y; b < p.batch; b += plan.grid_y) {
+      pipeline<1, true, Packs>(
+          first, 0, step, packs, [&](Packs& pack, int64_t index) { load(pack, b, index); },
+          [&] { prepare(b); }, [&](Packs& pack, int64_t index) { use(pack, b, index); });
+      if (reduces) {
+        sum_over_blocks(sum, gridDim.x, blockIdx.x, tickets + b, partials + b * gridDim.x,
+                        SumEnd{p, false, {b, 0}, 0});
       }
-      const Gate<A> gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
-#pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
-        const int64_t index = first + k * kThreads;
-        if (index >= packs) break;
-        pack[k].update_and_store(
-            p, place<kVector, kOneRun>(plan, p.out, b, index),
-            place<kVector, kOneRun>(plan, p.in, b, index), [&](int) { return gate; },
-            [&](int, A product) { sum += product; });
-      }
-    }
-    if (reduces && p.by_sample) {
-      gate_sum_over_blocks(p, false, {b, 0}, sum, gridDim.x, blockIdx.x, tickets + b,
-                           partials + b * gridDim.x);
       sum = A(0);
     }
+    return;
   }
-  if (reduces && !p.by_sample) {
-    gate_sum_over_blocks(p, false, {0, 0}, sum, gridDim.x * gridDim.y,
-                         blockIdx.y * gridDim.x + blockIdx.x, tickets, partials);
+  for (int64_t index = first; index < packs; index += step) {
+    pipeline<1, true, Packs>(
+        blockIdx.y, 0, plan.grid_y, p.batch, [&](Packs& pack, int64_t b) { load(pack, b, index); },
+        [&] { prepare(0); }, [&](Packs& pack, int64_t b) { use(pack, b, index); });
   }
+  if (!reduces) return;
+  sum_over_blocks(sum, gridDim.x * gridDim.y, blockIdx.y * gridDim.x + blockIdx.x, tickets,
+                  partials, SumEnd{p, false, {0, 0}, 0});
 }
 
-// ---- by segment: every other gate ----
-//
-// A warp takes row after row of a segment. Where the gate varies by channel it works on one strip,
-// 32 packs of each row, else on whole rows. kStreamed: the gate is read row by row.
+// ---- by row and by prompt ----
 
 // Position of a pack within rows.
 __device__ __forceinline__ int64_t pack_at(const Rows& rows, RowIndex row, int64_t channel) {
   return offset_of(rows, row) + channel * rows.channel_stride;
 }
 
-// The gate of a strip's pack.
-template <class A, int kVector>
-__device__ __forceinline__ void read_gates(const PromptGateParams& p, bool streamed, RowIndex row,
-                                           int64_t channel, Gate<A> (&gates)[kVector]) {
-  A logits[kVector];
-  const int64_t offset = pack_at(p.logit, row, channel);
-  if (streamed) {  // plan_launch has checked that it may be read in packs
-    read_pack(p.logit, offset, logits);
-  } else {
+// Packs of one row that a lane has under way at once: 3 are a row of 768 elements of 16 bits. Fewer
+// where a pack takes more registers (no spills: make resources).
+template <class H, class X, int kVector>
+constexpr int kRowPacks = (sizeof(H) > sizeof(X) ? sizeof(H) : sizeof(X)) * kVector > 16 ? 1 : 3;
+
+// Packs `first`, `first` + 32, ... of a row, below `end`.
+template <class H, class X, int kVector>
+struct BackwardRow {
+  static constexpr int kPacks = kRowPacks<H, X, kVector>;
+  BackwardPack<H, X, kVector> packs[kPacks];
+
+  __device__ __forceinline__ void load(const PromptGateParams& p, RowIndex row, int64_t first,
+                                       int64_t end) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      logits[i] = read<A>(p.logit, offset + i * p.logit.channel_stride);
+    for (int k = 0; k < kPacks; ++k) {
+      const int64_t channel = (first + 32 * k) * kVector;
+      if (first + 32 * k < end) {
+        packs[k].load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+                      pack_at(p.carrier, row, channel));
+      }
     }
   }
+  template <class A>
+  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, RowIndex row,
+                                                   int64_t first, int64_t end, const Gate<A>& gate,
+                                                   A& sum) {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int64_t channel = (first + 32 * k) * kVector;
+      if (first + 32 * k < end) {
+        packs[k].update_and_store(
+            p, pack_at(p.out, row, channel), pack_at(p.in, row, channel), [&](int) { return gate; },
+            [&](int, A product) { sum += product; });
+      }
+    }
+  }
+};
+
+template <class H, class X, int kVector>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    prompt_gate_row_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
+  using A = compute_t<H>;
+  constexpr int kPacks = kRowPacks<H, X, kVector>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < p.batch * p.length;
+       i += int64_t(gridDim.x) * kWarps) {
+    const Division at = divide(i, p.length);
+    const RowIndex row{at.quotient, at.remainder};
+    Gate<A> gate;
+    pipeline<kPacks, false, ForwardPack<H, X, kVector>>(
+        lane, 32, 32 * kPacks, plan.packs_per_row,
+        [&](ForwardPack<H, X, kVector>& pack, int64_t index) {
+          pack.load(p, pack_at(p.out, row, index * kVector), pack_at(p.in, row, index * kVector));
+        },
+        [&] { gate = make_gate(read<A>(p.logit, offset_of(p.logit, row))); },
+        [&](ForwardPack<H, X, kVector>& pack, int64_t index) {
+          pack.update_and_store(p, pack_at(p.out, row, index * kVector),
+                                pack_at(p.saved, row, index * kVector), [&](int) { return gate; });
+        });
+  }
+}
+
+// The warps of a block have neighbouring prompts: their rows lie side by side.
+template <class H, class X, int kVector>
+__global__ void __launch_bounds__(kThreads, 2)
+    prompt_gate_prompt_bwd_kernel(const PromptGateParams p, const LaunchPlan plan,
+                                  unsigned* tickets, double* partials) {
+  using A = compute_t<H>;
+  using Row = BackwardRow<H, X, kVector>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t groups = ceil_div(p.length, kWarps);
+  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
+    const RowIndex own{0, group * kWarps + warp};
+    const bool is_there = own.p < p.length;
+    A sum = A(0);
+    Gate<A> gate;
+    for (int64_t part = lane; part < plan.packs_per_row; part += 32 * Row::kPacks) {
+      pipeline<1, true, Row>(
+          blockIdx.x, 0, gridDim.x, is_there ? p.batch : 0,
+          [&](Row& packs, int64_t b) { packs.load(p, {b, own.p}, part, plan.packs_per_row); },
+          [&] {
+            if (is_there) gate = make_gate(read<A>(p.logit, offset_of(p.logit, own)));
+          },
+          [&](Row& packs, int64_t b) {
+            packs.update_and_store(p, {b, own.p}, part, plan.packs_per_row, gate, sum);
+          });
+    }
+    if (p.grad_logit.data == nullptr) continue;
+    warp_sum_over_blocks(sum, gridDim.x, blockIdx.x, tickets + group,
+                         partials + group * gridDim.x * kWarps, is_there, SumEnd{p, false, own, 0});
+  }
+}
+
+template <class H, class X, int kVector>
+__global__ void __launch_bounds__(kThreads, 2)
+    prompt_gate_row_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
+                               double* partials) {
+  using A = compute_t<H>;
+  using Row = BackwardRow<H, X, kVector>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  A sum = A(0);  // of this warp's rows, in lane 0
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < p.batch * p.length;
+       i += int64_t(gridDim.x) * kWarps) {
+    const Division at = divide(i, p.length);
+    const RowIndex row{at.quotient, at.remainder};
+    Gate<A> gate;
+    A row_sum = A(0);  // of this lane
+    pipeline<1, false, Row>(
+        lane, 0, 32 * Row::kPacks, plan.packs_per_row,
+        [&](Row& packs, int64_t first) { packs.load(p, row, first, plan.packs_per_row); },
+        [&] { gate = make_gate(read<A>(p.logit, offset_of(p.logit, row))); },
+        [&](Row& packs, int64_t first) {
+          packs.update_and_store(p, row, first, plan.packs_per_row, gate, row_sum);
+        });
+    if (p.saved.data == nullptr) continue;
+    const A grad = logit_gradient(gate.slope, warp_sum(row_sum), p.mix);
+    if (lane == 0) {
+      if (p.grad_logit.data != nullptr) write(p.grad_logit, offset_of(p.grad_logit, row), grad);
+      sum += grad;
+    }
+  }
+  if (p.grad_bias == nullptr) return;
+  sum_over_blocks(sum, gridDim.x, blockIdx.x, tickets, partials, SumEnd{p, true, {0, 0}, 0});
+}
+
+// ---- by strip ----
+//
+// kStreamed: each row has gates of its own. Else the rows of a segment share theirs, which are
+// computed once a block.
+
+// The gates of a lane's pack, by way of shared memory: one thread computes one channel's.
+template <class A, int kVector>
+__device__ __forceinline__ void share_gates(const PromptGateParams& p, RowIndex row,
+                                            int64_t first_channel, Gate<A> (&gates)[kVector]) {
+  constexpr int kColumns = 32 * kVector;
+  __shared__ Gate<A> strip[kColumns];
+  __syncthreads();                                   // those of the strip before have been read
+  const int column = static_cast<int>(threadIdx.x);  // kColumns <= kThreads
+  if (column < kColumns && first_channel + column < p.dim) {
+    strip[column] = make_gate(read<A>(p.logit, pack_at(p.logit, row, first_channel + column)));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) gates[i] = strip[threadIdx.x % 32 * kVector + i];
+}
+
+// The gates of a pack of a row that has its own; plan_launch has seen that it may be read so.
+template <class A, int kVector>
+__device__ __forceinline__ void read_gates(const PromptGateParams& p, RowIndex row, int64_t channel,
+                                           Gate<A> (&gates)[kVector]) {
+  A logits[kVector];
+  read_pack(p.logit, pack_at(p.logit, row, channel), logits);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) gates[i] = make_gate(logits[i]);
 }
 
-template <class H, class X, int kVector, bool kByChannel>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    prompt_gate_segment_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
+template <class H, class X, int kVector, bool kStreamed>
+__global__ void __launch_bounds__(kThreads, kStreamed ? kMinBlocks : 2)
+    prompt_gate_strip_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
   using A = compute_t<H>;
+  constexpr int kStage = kStreamed ? 1 : kPacksInFlight;
   const Segments segments = segments_of(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t step = kByChannel ? plan.packs_per_row : 32;  // packs; a strip has one a lane
   for (int64_t segment = blockIdx.y; segment < segments.count; segment += gridDim.y) {
     for (int64_t first = int64_t(blockIdx.z) * 32; first < plan.packs_per_row;
-         first += kByChannel ? int64_t(gridDim.z) * 32 : plan.packs_per_row) {
-      Gate<A> gates[kByChannel ? kVector : 1];
-      bool has_gates = false;
-      for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < segments.rows;
-           i += int64_t(gridDim.x) * kWarps) {
-        const RowIndex row = row_of_segment(p, segments, segment, i);
-        for (int64_t pack = first + lane; pack < plan.packs_per_row; pack += step) {
-          const int64_t channel = pack * kVector;
-          ForwardPack<H, X, kVector> values;
-          values.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
-          if constexpr (kByChannel) {
-            if (segments.streamed || !has_gates) {
-              read_gates(p, segments.streamed, row, channel, gates);
-              has_gates = true;
-            }
-          } else {
-            gates[0] = make_gate(read<A>(p.logit, offset_of(p.logit, row)));
-          }
-          values.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
-                                  [&](int k) { return gates[kByChannel ? k : 0]; });
-        }
-      }
+         first += int64_t(gridDim.z) * 32) {
+      const int64_t channel = (first + lane) * kVector;
+      Gate<A> gates[kVector];
+      pipeline<kStage, !kStreamed, ForwardPack<H, X, kVector>>(
+          int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps,
+          int64_t(gridDim.x) * kWarps * kStage,
+          first + lane < plan.packs_per_row ? segments.rows : 0,
+          [&](ForwardPack<H, X, kVector>& pack, int64_t i) {
+            const RowIndex row = row_of_segment(p, segments, segment, i);
+            pack.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
+          },
+          [&] {
+            if (kStreamed) return;
+            share_gates(p, row_of_segment(p, segments, segment, 0), first * kVector, gates);
+          },
+          [&](ForwardPack<H, X, kVector>& pack, int64_t i) {
+            const RowIndex row = row_of_segment(p, segments, segment, i);
+            if (kStreamed) read_gates(p, row, channel, gates);
+            pack.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+                                  [&](int k) { return gates[k]; });
+          });
     }
   }
 }
 
-// Two blocks an SM: it keeps more in registers, and held to 80 of them, 11 of its instances spill.
-template <class H, class X, int kVector, bool kByChannel>
+template <class H, class X, int kVector, bool kStreamed>
 __global__ void __launch_bounds__(kThreads, 2)
-    prompt_gate_segment_bwd_kernel(const PromptGateParams p, const LaunchPlan plan,
-                                   unsigned* tickets, void* partials) {
+    prompt_gate_strip_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
+                                 compute_t<H>* partials) {
   using A = compute_t<H>;
-  constexpr int kGates = kByChannel ? kVector : 1;
+  constexpr bool kIsWide = sizeof(H) * kVector > 16;  // else it spills (make resources)
+  constexpr int kStage = kStreamed || kIsWide ? 1 : kPacksInFlight;
   const Segments segments = segments_of(p);
-  const bool is_bias = segments.streamed;  // what is summed over blocks
-  const bool reduces = is_bias ? p.grad_bias != nullptr : p.grad_logit.data != nullptr;
+  const bool reduces = kStreamed ? p.grad_bias != nullptr : p.grad_logit.data != nullptr;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t step = kByChannel ? plan.packs_per_row : 32;
   for (int64_t segment = blockIdx.y; segment < segments.count; segment += gridDim.y) {
     for (int64_t first = int64_t(blockIdx.z) * 32; first < plan.packs_per_row;
-         first += kByChannel ? int64_t(gridDim.z) * 32 : plan.packs_per_row) {
-      Gate<A> gates[kGates];
-      bool has_gates = false;
-      A sums[kGates] = {};
-      for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < segments.rows;
-           i += int64_t(gridDim.x) * kWarps) {
-        const RowIndex row = row_of_segment(p, segments, segment, i);
-        A row_sum = A(0);  // of this lane
-        for (int64_t pack = first + lane; pack < plan.packs_per_row; pack += step) {
-          const int64_t channel = pack * kVector;
-          BackwardPack<H, X, kVector> values;
-          values.load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+         first += int64_t(gridDim.z) * 32) {
+      const int64_t channel = (first + lane) * kVector;
+      Gate<A> gates[kVector];
+      A sums[kVector] = {};
+      pipeline<kStage, !kStreamed && !kIsWide, BackwardPack<H, X, kVector>>(
+          int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps,
+          int64_t(gridDim.x) * kWarps * kStage,
+          first + lane < plan.packs_per_row ? segments.rows : 0,
+          [&](BackwardPack<H, X, kVector>& pack, int64_t i) {
+            const RowIndex row = row_of_segment(p, segments, segment, i);
+            pack.load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
                       pack_at(p.carrier, row, channel));
-          const auto store = [&](auto&& sum) {
-            values.update_and_store(
-                p, pack_at(p.out, row, channel), pack_at(p.in, row, channel),
-                [&](int k) { return gates[kByChannel ? k : 0]; }, sum);
-          };
-          if constexpr (!kByChannel) {
-            gates[0] = make_gate(read<A>(p.logit, offset_of(p.logit, row)));
-            store([&](int, A product) { row_sum += product; });
-          } else if (segments.streamed) {
-            read_gates(p, true, row, channel, gates);
+          },
+          [&] {
+            if (kStreamed) return;
+            share_gates(p, row_of_segment(p, segments, segment, 0), first * kVector, gates);
+          },
+          [&](BackwardPack<H, X, kVector>& pack, int64_t i) {
+            const RowIndex row = row_of_segment(p, segments, segment, i);
+            if (kStreamed) read_gates(p, row, channel, gates);
             A grads[kVector];
-            store([&](int k, A product) {
-              grads[k] = logit_gradient(gates[k].slope, product, p.mix);
-              sums[k] += grads[k];
-            });
-            if (p.grad_logit.data != nullptr) {
+            pack.update_and_store(
+                p, pack_at(p.out, row, channel), pack_at(p.in, row, channel),
+                [&](int k) { return gates[k]; },
+                [&](int k, A product) {
+                  if (kStreamed)
+                    product = grads[k] = logit_gradient(gates[k].slope, product, p.mix);
+                  sums[k] += product;
+                });
+            if (kStreamed && p.grad_logit.data != nullptr) {
               write_pack(p.grad_logit, pack_at(p.grad_logit, row, channel), grads);
             }
-          } else {
-            if (!has_gates) read_gates(p, false, row, channel, gates);
-            has_gates = true;
-            store([&](int k, A product) { sums[k] += product; });
-          }
-        }
-        if constexpr (!kByChannel) {
-          if (segments.streamed && p.saved.data != nullptr) {
-            const A total = warp_sum(row_sum);  // lane 0
-            if (lane == 0) {
-              const A slope = make_gate(read<A>(p.logit, offset_of(p.logit, row))).slope;
-              const A grad = logit_gradient(slope, total, p.mix);
-              if (p.grad_logit.data != nullptr) {
-                write(p.grad_logit, offset_of(p.grad_logit, row), grad);
-              }
-              sums[0] += grad;
-            }
-          } else {
-            sums[0] += row_sum;
-          }
-        }
-      }
+          });
       if (!reduces) continue;
-      const RowIndex row = row_of_segment(p, segments, segment, 0);
       const int64_t group = segment * gridDim.z + blockIdx.z;  // blocks that share a sum
-      if constexpr (kByChannel) {
-        strip_sum_over_blocks(p, is_bias, row, first * kVector, sums, gridDim.x, blockIdx.x,
-                              tickets + group,
-                              static_cast<A*>(partials) + group * gridDim.x * 32 * kVector);
-      } else {
-        gate_sum_over_blocks(p, is_bias, row, sums[0], gridDim.x, blockIdx.x, tickets + group,
-                             static_cast<double*>(partials) + group * gridDim.x);
-      }
+      strip_sum_over_blocks(p, kStreamed, row_of_segment(p, segments, segment, 0), first * kVector,
+                            sums, gridDim.x, blockIdx.x, tickets + group,
+                            partials + group * gridDim.x * 32 * kVector);
     }
   }
 }
@@ -511,35 +651,45 @@ int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, voi
   auto* const tickets = static_cast<unsigned*>(workspace);
   void* const partials =
       workspace == nullptr ? nullptr : static_cast<char*>(workspace) + kTicketBytes;
+  if (plan.mapping == Mapping::kPacks)
+    config.blockDim = dim3(backward ? kThreads : kForwardThreads);
   if (p.weight.data != nullptr) {
     cudaLaunchKernelEx(&config, prompt_gate_linear_token_fwd_kernel<H, X, kVector>, p, plan);
-  } else if (!plan.by_segment && !backward) {
+  } else if (plan.mapping == Mapping::kPacks && !backward) {
     cudaLaunchKernelEx(&config,
                        is_one_run ? prompt_gate_fwd_kernel<H, X, kVector, kIsWidest>
                                   : prompt_gate_fwd_kernel<H, X, kVector, false>,
                        p, plan);
-  } else if (!plan.by_segment) {
+  } else if (plan.mapping == Mapping::kPacks) {
     cudaLaunchKernelEx(&config,
                        is_one_run ? prompt_gate_bwd_kernel<H, X, kVector, kIsWidest>
                                   : prompt_gate_bwd_kernel<H, X, kVector, false>,
                        p, plan, tickets, static_cast<double*>(partials));
+  } else if (plan.mapping == Mapping::kPrompts) {
+    cudaLaunchKernelEx(&config, prompt_gate_prompt_bwd_kernel<H, X, kVector>, p, plan, tickets,
+                       static_cast<double*>(partials));
+  } else if (plan.mapping == Mapping::kRows && !backward) {
+    cudaLaunchKernelEx(&config, prompt_gate_row_fwd_kernel<H, X, kVector>, p, plan);
+  } else if (plan.mapping == Mapping::kRows) {
+    cudaLaunchKernelEx(&config, prompt_gate_row_bwd_kernel<H, X, kVector>, p, plan, tickets,
+                       static_cast<double*>(partials));
   } else if (!backward) {
     cudaLaunchKernelEx(&config,
-                       p.by_channel ? prompt_gate_segment_fwd_kernel<H, X, kVector, true>
-                                    : prompt_gate_segment_fwd_kernel<H, X, kVector, false>,
+                       p.by_sample && p.by_row ? prompt_gate_strip_fwd_kernel<H, X, kVector, true>
+                                               : prompt_gate_strip_fwd_kernel<H, X, kVector, false>,
                        p, plan);
   } else {
     cudaLaunchKernelEx(&config,
-                       p.by_channel ? prompt_gate_segment_bwd_kernel<H, X, kVector, true>
-                                    : prompt_gate_segment_bwd_kernel<H, X, kVector, false>,
-                       p, plan, tickets, partials);
+                       p.by_sample && p.by_row ? prompt_gate_strip_bwd_kernel<H, X, kVector, true>
+                                               : prompt_gate_strip_bwd_kernel<H, X, kVector, false>,
+                       p, plan, tickets, static_cast<compute_t<H>*>(partials));
   }
   return static_cast<int>(cudaGetLastError());
 }
 
 template <class H, class X>
 int launch(const PromptGateParams& p, bool backward, void* workspace, void* stream) {
-  const LaunchPlan plan = plan_launch(p);
+  const LaunchPlan plan = plan_launch(p, backward);
   if (plan.grid_x == 0 || plan.grid_y == 0) return 0;
   constexpr int kNarrowest = sizeof(H) < sizeof(X) ? sizeof(H) : sizeof(X);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
@@ -582,12 +732,17 @@ int launch_prompt_gate_bwd(const PromptGateParams& params, void* workspace, void
   return launch(params, /*backward=*/true, workspace, stream);
 }
 
-int is_stream_capturing(void* stream, bool* capturing) {
+int capture_of(void* stream, unsigned long long* id) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, id);
   if (error != cudaSuccess) cudaGetLastError();  // it is reported here, not at the next launch
-  *capturing = status != cudaStreamCaptureStatusNone;
+  if (status == cudaStreamCaptureStatusNone) *id = 0;
   return static_cast<int>(error);
+}
+
+int synchronize(void* stream) {
+  return static_cast<int>(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace gated_prompt

@@ -160,28 +160,43 @@ const char* cpu_instructions();  // which version of the kernels this processor 
 
 // ---- CUDA ----
 //
-// Launch shape and index map, as plain functions that run (and are tested) on any machine. Two
-// mappings:
-//   by pack     one gate for a whole sample: a grid over the packs of a sample, a sample after
-//               another. Where the P rows of a sample are one contiguous run, packs ignore rows.
-//   by segment  every other gate: a warp works on a row (by_channel: on 32 packs of a row, a
-//               "strip", row after row, the gate in registers).
+// Launch shape and index map, as plain functions that run (and are tested) on any machine. Blocks
+// of a launch that sums are few, and loop: each of them costs a barrier and a ticket. Their number
+// depends on shapes alone, so that a sum has the same bits on every GPU.
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kForwardThreads = 128;  // of the forward by packs
 constexpr int kPacksInFlight = 2;  // packs of each tensor that one thread loads before it computes
 constexpr int64_t kMaxGridX = 1 << 20;
 constexpr int64_t kMaxGridYZ = 65535;
-constexpr int64_t kMaxPartials = 2048;    // blocks of a launch by pack that reduces: two waves
-constexpr int64_t kSegmentBlocks = 1024;  // blocks that a launch by segment aims at, if it may
+// Two blocks, or four, on each of the 132 SMs of an H100 or H200; and for long work, which goes
+// faster in several waves. See docs/optimisation-log.md.
+constexpr int64_t kFewBlocks = 264, kSomeBlocks = 528, kManyBlocks = 1024;
+
+// What a thread, or a warp, takes in turn.
+enum class Mapping : int32_t {
+  kPacks,    // one gate for a whole sample: packs of a sample, in the order of memory; where the P
+             // rows are one contiguous run, packs ignore rows
+  kRows,     // a gate for each row, and forward for each prompt: a warp has a row
+  kPrompts,  // a gate for each prompt, backward: a warp has a prompt, of sample after sample
+  kStrips,   // gates that vary by channel: a warp has 32 packs, a "strip", of row after row
+};
+
+inline Mapping mapping_of(const PromptGateParams& p, bool backward) {
+  if (p.by_channel) return Mapping::kStrips;
+  if (p.weight.data != nullptr) return Mapping::kRows;
+  if (!p.by_row) return Mapping::kPacks;
+  return backward && !p.by_sample ? Mapping::kPrompts : Mapping::kRows;
+}
 
 struct LaunchPlan {
-  bool by_segment;
-  int64_t grid_x;  // by pack: blocks over the packs of a sample; by segment: over its rows
-  int64_t grid_y;  // by pack: over samples; by segment: over segments
-  int64_t grid_z;  // by segment: over strips
-  int vector;    // elements in a pack: 16 bytes of the narrowest tensor, or 4 bytes, or one element
-  int64_t rows;  // by pack: 1 where the P rows of a sample are one contiguous run
+  Mapping mapping;
+  int64_t grid_x;  // blocks over packs of a sample; over samples (kPrompts); over rows of a segment
+  int64_t grid_y;  // over samples; over prompts, kWarps a block (kPrompts); over segments (kStrips)
+  int64_t grid_z;  // over strips
+  int vector;      // elements in a pack: 16 bytes of the narrowest tensor, or 4 bytes, or one
+  int64_t rows;    // 1 where the P rows of a sample are one contiguous run
   int64_t packs_per_row;
 };
 
@@ -218,13 +233,13 @@ inline int64_t at_least_one(int64_t value) {
 inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-inline int64_t ceil_div(int64_t a, int64_t b) {
+GP_INDEX int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline LaunchPlan plan_launch(const PromptGateParams& p) {
+inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
   LaunchPlan plan{};
-  plan.by_segment = p.by_row || p.by_channel;
+  plan.mapping = mapping_of(p, backward);
   const bool one_run = rows_are_one_run(p);
   const int64_t narrowest = narrowest_item(p);
   plan.rows = one_run ? 1 : p.length;
@@ -237,27 +252,46 @@ inline LaunchPlan plan_launch(const PromptGateParams& p) {
     }
   }
   plan.packs_per_row = run / plan.vector;
-  plan.grid_z = 1;
-  if (p.batch * p.length * p.dim == 0) return plan;  // grid_x = grid_y = 0: nothing to launch
-  if (plan.by_segment) {
-    const Segments segments = segments_of(p);
-    const int64_t strips = p.by_channel ? ceil_div(plan.packs_per_row, 32) : 1;
-    const int64_t share = at_least_one(kSegmentBlocks / (segments.count * strips));
-    plan.grid_x = smaller(ceil_div(segments.rows, kWarps), share);
-    plan.grid_y = smaller(segments.count, kMaxGridYZ);
-    plan.grid_z = smaller(strips, kMaxGridYZ);
-    return plan;
-  }
-  const int64_t blocks = ceil_div(plan.rows * plan.packs_per_row, kThreads * kPacksInFlight);
-  if (!reduces(p)) {
-    plan.grid_x = smaller(blocks, kMaxGridX);
-    plan.grid_y = smaller(p.batch, kMaxGridYZ);
-  } else if (p.by_sample) {  // a sum for each sample, over the blocks of its row of the grid
-    plan.grid_x = smaller(blocks, at_least_one(kMaxPartials / p.batch));
-    plan.grid_y = smaller(p.batch, kMaxGridYZ);
-  } else {
-    plan.grid_x = smaller(blocks, kMaxPartials);
-    plan.grid_y = smaller(p.batch, at_least_one(kMaxPartials / plan.grid_x));
+  plan.grid_y = plan.grid_z = 1;
+  if (p.batch * p.length * p.dim == 0) return plan;  // grid_x = 0: nothing to launch
+  const Segments segments = segments_of(p);
+  switch (plan.mapping) {
+    case Mapping::kPacks: {
+      const int64_t packs = plan.rows * plan.packs_per_row, blocks = ceil_div(packs, kThreads);
+      if (!backward) {
+        plan.grid_x = smaller(ceil_div(packs, kForwardThreads * kPacksInFlight), kMaxGridX);
+        plan.grid_y = smaller(p.batch, kMaxGridYZ);
+      } else if (p.by_sample) {  // a sum for each sample
+        const int64_t wanted = blocks > 32 ? kManyBlocks : kFewBlocks;
+        plan.grid_x = smaller(blocks, at_least_one(wanted / p.batch));
+        plan.grid_y = smaller(p.batch, kMaxGridYZ);
+      } else {
+        const int64_t wanted = p.batch * blocks > 32 * kSomeBlocks ? kManyBlocks : kSomeBlocks;
+        plan.grid_x = smaller(blocks, wanted);
+        plan.grid_y = ceil_div(p.batch, ceil_div(p.batch * plan.grid_x, wanted));
+      }
+      break;
+    }
+    case Mapping::kRows: {
+      const bool loops = backward || p.weight.data != nullptr;
+      plan.grid_x = smaller(ceil_div(p.batch * p.length, kWarps), loops ? kManyBlocks : kMaxGridX);
+      break;
+    }
+    case Mapping::kPrompts: {
+      const int64_t groups = ceil_div(p.length, kWarps);
+      plan.grid_x = smaller(p.batch, at_least_one(kFewBlocks / groups));
+      plan.grid_y = smaller(groups, kMaxGridYZ);
+      break;
+    }
+    case Mapping::kStrips: {
+      const int64_t strips = ceil_div(plan.packs_per_row, 32);
+      const int64_t wanted = segments.streamed && !backward ? kManyBlocks : kFewBlocks;
+      plan.grid_x = smaller(ceil_div(segments.rows, kWarps),
+                            at_least_one(wanted / (segments.count * strips)));
+      plan.grid_y = smaller(segments.count, kMaxGridYZ);
+      plan.grid_z = smaller(strips, kMaxGridYZ);
+      break;
+    }
   }
   return plan;
 }
@@ -277,7 +311,7 @@ GP_INDEX Division divide(int64_t index, int64_t size) {
   return {quotient, index - quotient * size};
 }
 
-// By pack: position of pack `index` of a sample within Rows, in elements from the sample's first.
+// Position of pack `index` of a sample within Rows, in elements from the sample's first.
 GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
   if (plan.rows == 1) return index * plan.vector * rows.channel_stride;
   const Division pack = divide(index, plan.packs_per_row);
@@ -291,24 +325,25 @@ GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t i
 constexpr int64_t kMaxTickets = 1024;
 constexpr size_t kTicketBytes = kMaxTickets * sizeof(uint32_t);
 constexpr size_t kMaxWorkspaceBytes =
-    kTicketBytes + kSegmentBlocks * 256 * sizeof(float);  // 256: columns of a strip, at most
+    kTicketBytes + kFewBlocks * 256 * sizeof(float);  // 256: columns of a strip, at most
 
 // What a backward needs of it, 0 where no sum is over more than one block.
 inline size_t workspace_bytes(const PromptGateParams& p) {
-  const LaunchPlan plan = plan_launch(p);
-  const bool is_shared =
-      plan.by_segment || p.by_sample ? plan.grid_x > 1 : plan.grid_x * plan.grid_y > 1;
-  if (!reduces(p) || !is_shared) return 0;
-  const int64_t item = p.out.dtype == DType::kFloat64 ? 8 : 4;
-  const int64_t width = plan.by_segment && p.by_channel ? 32 * plan.vector * item : 8;
-  const int64_t blocks =
-      plan.grid_x * (p.by_sample && !plan.by_segment ? p.batch : plan.grid_y) * plan.grid_z;
-  return kTicketBytes + static_cast<size_t>(blocks * width);
+  const LaunchPlan plan = plan_launch(p, /*backward=*/true);
+  const bool is_one_sum = plan.mapping == Mapping::kPacks && !p.by_sample;
+  if (!reduces(p) || plan.grid_x * (is_one_sum ? plan.grid_y : 1) <= 1) return 0;
+  const int64_t sums = plan.mapping == Mapping::kStrips    ? 32 * plan.vector  // of a block
+                       : plan.mapping == Mapping::kPrompts ? kWarps
+                                                           : 1;
+  const bool is_float = plan.mapping == Mapping::kStrips && p.out.dtype != DType::kFloat64;
+  const int64_t blocks = plan.grid_x * plan.grid_y * plan.grid_z;
+  return kTicketBytes + static_cast<size_t>(blocks * sums * (is_float ? 4 : 8));
 }
 
 // All return a cudaError_t as int (0: success). stream is a cudaStream_t.
 int launch_prompt_gate_fwd(const PromptGateParams& params, void* stream);
 int launch_prompt_gate_bwd(const PromptGateParams& params, void* workspace, void* stream);
-int is_stream_capturing(void* stream, bool* capturing);
+int capture_of(void* stream, unsigned long long* id);  // 0: the stream is not being captured
+int synchronize(void* stream);
 
 }  // namespace gated_prompt

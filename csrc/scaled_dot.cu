@@ -10,6 +10,26 @@
 namespace gated_prompt {
 namespace {
 
+// What becomes of the sum: the gradient of the temperature.
+struct TemperatureEnd {
+  const ScaledDotParams& p;
+
+  __device__ __forceinline__ double prepare() const {
+    double temperature = 0;
+    visit(p.temperature_dtype, [&](auto type) {
+      temperature = widen(*static_cast<const decltype(type)*>(p.temperature));
+    });
+    return temperature;
+  }
+  __device__ __forceinline__ void finish(double sum, double temperature) const {
+    visit(p.temperature_dtype, [&](auto type) {
+      using R = decltype(type);
+      const double result = temperature_gradient(temperature, sum);
+      *static_cast<R*>(p.result) = narrow<R>(static_cast<compute_t<R>>(result));
+    });
+  }
+};
+
 template <class T, class U, int kVector>
 __global__ void __launch_bounds__(kThreads)
     scaled_dot_kernel(const ScaledDotParams p, const DotPlan plan, unsigned* ticket,
@@ -40,14 +60,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kVector; ++i) sum += widen(of_a[i]) * widen(of_b[i]);
     }
   }
-  sum_over_blocks(sum, gridDim.x, blockIdx.x, ticket, partials, [&](double total) {
-    visit(p.temperature_dtype, [&](auto type) {
-      using R = decltype(type);
-      const double temperature = widen(*static_cast<const R*>(p.temperature));
-      const double result = temperature_gradient(temperature, total);
-      *static_cast<R*>(p.result) = narrow<R>(static_cast<compute_t<R>>(result));
-    });
-  });
+  sum_over_blocks(sum, gridDim.x, blockIdx.x, ticket, partials, TemperatureEnd{p});
 }
 
 // ---- launchers ----

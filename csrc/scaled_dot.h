@@ -120,6 +120,8 @@ void scaled_dot_finish_cpu(const ScaledDotParams& params, const double* partials
 
 // ---- CUDA ----
 
+constexpr int64_t kMaxPartials = 2048;  // blocks: two waves
+
 struct DotPlan {
   int64_t grid;  // blocks
   int vector;    // elements in a pack: 16 bytes of the narrower tensor, or 4 bytes, or one element

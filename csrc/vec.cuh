@@ -98,34 +98,77 @@ __device__ __forceinline__ A block_sum(A value) {
 // One launch: of the blocks that share a sum, the one that arrives last adds their partial sums, in
 // a fixed order. Tickets wrap to 0 for the next launch.
 
+// atomicInc that releases what the block wrote before and acquires what others released.
+__device__ __forceinline__ unsigned take_ticket(unsigned* ticket, unsigned limit) {
+#ifdef __CUDA_ARCH__
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(ticket), "r"(limit)
+               : "memory");
+  return old;
+#else  // cuda_on_cpu
+  return atomicInc(ticket, limit);
+#endif
+}
+
 // Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
 __device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
   __shared__ bool is_last;
   __syncthreads();
-  if (threadIdx.x == 0) {  // its fences serve the block: they are cumulative over __syncthreads
-    __threadfence();       // the partial sums before the ticket
-    is_last = atomicInc(ticket, blocks - 1) == blocks - 1;
-    __threadfence();  // the tickets before the partial sums
-  }
+  // what it releases and acquires serves the block: both are cumulative over __syncthreads
+  if (threadIdx.x == 0) is_last = take_ticket(ticket, blocks - 1) == blocks - 1;
   __syncthreads();
   return is_last;
 }
 
-// Calls finish(total) in one thread, with the sum of `value` over the threads of `blocks` blocks;
-// this is number `block` of them.
-template <class A, class F>
+// Calls end.finish(total, end.prepare()) in one thread, with the sum of `value` over the threads of
+// `blocks` blocks; this is number `block` of them.
+template <class A, class End>
 __device__ __forceinline__ void sum_over_blocks(A value, unsigned blocks, unsigned block,
-                                                unsigned* ticket, double* partials, F&& finish) {
-  const A block_total = block_sum(value);
-  double total = static_cast<double>(block_total);
+                                                unsigned* ticket, double* partials,
+                                                const End& end) {
+  double total = static_cast<double>(block_sum(value));
+  if (blocks == 1) {
+    if (threadIdx.x == 0) end.finish(total, end.prepare());
+    return;
+  }
+  if (threadIdx.x == 0) partials[block] = total;
+  if (!arrives_last(ticket, blocks)) return;
+  constexpr unsigned kAtOnce = 4;
+  total = 0;
+  double prepared = 0;
+  for (unsigned i = threadIdx.x; i < blocks; i += kThreads * kAtOnce) {
+    double read[kAtOnce];
+#pragma unroll
+    for (unsigned k = 0; k < kAtOnce; ++k) {
+      const unsigned index = i + k * kThreads;
+      read[k] = index < blocks ? __ldcg(partials + index) : 0;
+    }
+    if (i == 0) prepared = end.prepare();  // while these are on their way
+#pragma unroll
+    for (unsigned k = 0; k < kAtOnce; ++k) total += read[k];
+  }
+  total = block_sum(total);
+  if (threadIdx.x == 0) end.finish(total, prepared);
+}
+
+// The same for each warp of a block: of `value` over its lanes and the same warp of `blocks`
+// blocks.
+template <class A, class End>
+__device__ __forceinline__ void warp_sum_over_blocks(A value, unsigned blocks, unsigned block,
+                                                     unsigned* ticket, double* partials,
+                                                     bool is_there, const End& end) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  double total = static_cast<double>(warp_sum(value));
   if (blocks > 1) {
-    if (threadIdx.x == 0) partials[block] = total;
+    if (lane == 0) partials[block * kWarps + warp] = total;
     if (!arrives_last(ticket, blocks)) return;
     total = 0;
-    for (unsigned i = threadIdx.x; i < blocks; i += kThreads) total += __ldcg(partials + i);
-    total = block_sum(total);
+    for (unsigned i = lane; i < blocks; i += 32) total += __ldcg(partials + i * kWarps + warp);
+    total = warp_sum(total);
   }
-  if (threadIdx.x == 0) finish(total);
+  if (lane == 0 && is_there) end.finish(total, end.prepare());
 }
 
 }  // namespace gated_prompt

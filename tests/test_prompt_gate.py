@@ -632,16 +632,18 @@ def test_opcheck_of_copy_rows(device, dtype):
 @pytest.mark.parametrize(
     ("gate", "backward", "grid", "logits"),
     [
-        # 50 rows are one run of 4800 packs of 8 elements, 512 to a block
-        ("scalar", False, (10, 64, 1), 1),
-        ("scalar", True, (10, 64, 1), 1),
-        ("sample", False, (10, 64, 1), 64),
-        ("sample", True, (10, 64, 1), 64),
-        # a segment of 3200 rows, 8 to a block, in 3 strips of 32 packs: 1024 blocks in all
-        ("channel", False, (341, 1, 3), 768),
-        ("full", True, (341, 1, 3), 64 * 50 * 768),
-        # 50 segments of 64 rows
-        ("token", True, (8, 50, 1), 50),
+        # 50 rows are one run of 4800 packs of 8 elements, 256 to a block; where blocks sum they are
+        # few, and take 3 samples each, or a fourth of one
+        ("scalar", False, (19, 64, 1), 1),
+        ("scalar", True, (19, 22, 1), 1),
+        ("sample", False, (19, 64, 1), 64),
+        ("sample", True, (4, 64, 1), 64),
+        # a segment of 3200 rows, 8 to a block, in 3 strips of 32 packs: 264 blocks in all
+        ("channel", False, (88, 1, 3), 768),
+        ("full", True, (88, 1, 3), 64 * 50 * 768),
+        # 3200 rows, 8 to a block; 50 prompts, 8 to a block
+        ("token", False, (400, 1, 1), 50),
+        ("token", True, (37, 7, 1), 50),
         ("linear-token", True, (400, 1, 1), 64 * 50),
     ],
 )

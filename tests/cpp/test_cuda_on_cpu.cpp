@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels, run on the CPU by cuda_on_cpu/, against the CPU kernels: every tensor bit for
 // bit, whatever the order of threads and blocks. Usage: test_cuda_on_cpu LAW; exit status 0 if the
-// law holds. A new case is a row of a table: kTypes, kCases, kManyBlocks.
+// law holds. A new case is a row of a table: kTypes, kCases, kLargeCases.
 #include <cuda_runtime.h>
 
 #include "cases.h"
@@ -11,19 +11,19 @@
 
 namespace {
 
-// More samples or segments than blocks along y, more packs than blocks along x: threads loop.
+// More than the blocks or threads of a launch have at once: they loop.
 constexpr struct {
   Case c;
   Kind kind;
-} kManyBlocks[] = {
-    {{{kMaxPartials + 5, 2, 3}, sequence, compact}, kKinds[0]},
-    {{{kMaxPartials + 5, 2, 3}, sequence, compact}, kKinds[1]},
-    {{{1, 3, 500 * 1024}, odd, compact}, kKinds[0]},
+} kLargeCases[] = {
+    {{{2 * kSomeBlocks + 5, 2, 3}, sequence, compact}, kKinds[0]},  // samples
+    {{{kManyBlocks + 5, 2, 3}, sequence, compact}, kKinds[1]},
+    {{{1, 3, 500 * 1024}, odd, compact}, kKinds[0]},  // packs
     {{{1, 3, 500 * 1024}, odd, compact}, kKinds[3]},
-    {{{kSegmentBlocks + 5, 2, 40}, sequence, compact}, kKinds[7]},
-    {{{66000, 1, 2}, compact, compact}, kKinds[6]},  // one block for each sample
+    {{{kFewBlocks + 5, 2, 40}, sequence, compact}, kKinds[7]},  // segments
+    {{{66000, 1, 2}, compact, compact}, kKinds[6]},             // one block for each sample
+    {{{40, 9, 800}, sequence, compact}, kKinds[0]},             // several packs a thread
 };
-
 std::vector<unsigned> seeds = {0, 1, 2, 3};  // orders of threads and blocks
 
 // Bit for bit, with all that lies between and around the elements; or, where a sum is involved, up
@@ -241,7 +241,7 @@ void test_scalar() {
 
 void test_many_blocks() {
   seeds = {0, 1};  // these launches are large
-  for (const auto& [c, kind] : kManyBlocks) {
+  for (const auto& [c, kind] : kLargeCases) {
     check_forward(Call(c, {kBF16, kF32}, kind, true, /*backward=*/false));
     Call call(c, {kBF16, kF32}, kind, true, /*backward=*/true);
     call.biased = call.is_streamed();

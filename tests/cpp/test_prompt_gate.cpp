@@ -284,29 +284,43 @@ Rows rows_of(const View& view, DType dtype) {
           view.layout.channel, dtype};
 }
 
+// How often the loops of the kernels by packs come to each pack of each sample.
+std::vector<int> visits_of(const PromptGateParams& p, const LaunchPlan& plan, bool backward) {
+  const int64_t packs = plan.rows * plan.packs_per_row;
+  const int64_t threads = backward ? kThreads : kForwardThreads;
+  const int64_t stage = backward ? 1 : kPacksInFlight;
+  std::vector<int> visits(static_cast<size_t>(p.batch * packs));
+  for (int64_t block = 0; block < plan.grid_x; ++block) {
+    for (int64_t first = block * threads * stage; first < packs;
+         first += plan.grid_x * threads * stage) {
+      for (int64_t index = first; index < smaller(first + threads * stage, packs); ++index) {
+        for (int64_t y = 0; y < plan.grid_y; ++y) {
+          for (int64_t b = y; b < p.batch; b += plan.grid_y) {
+            ++visits[static_cast<size_t>(b * packs + index)];
+          }
+        }
+      }
+    }
+  }
+  return visits;
+}
+
 // Every pack of every sample is visited once, lies at the elements it stands for in each tensor,
 // and is aligned there.
-void check_plan(const PromptGateParams& p, int wanted_vector) {
-  const LaunchPlan plan = plan_launch(p);
+void check_plan(const PromptGateParams& p, int wanted_vector, bool backward) {
+  const LaunchPlan plan = plan_launch(p, backward);
+  CHECK(plan.mapping == Mapping::kPacks, "mapping");
   CHECK(plan.vector == wanted_vector, "D=%d: vector %d, not %d", int(p.dim), plan.vector,
         wanted_vector);
   CHECK(plan.grid_x >= 1 && plan.grid_x <= kMaxGridX, "grid_x %d", int(plan.grid_x));
   CHECK(plan.grid_y >= 1 && plan.grid_y <= kMaxGridYZ, "grid_y %d", int(plan.grid_y));
   CHECK(workspace_bytes(p) <= kMaxWorkspaceBytes, "workspace");
-  CHECK(!reduces(p) || plan.grid_x * plan.grid_y <= kMaxPartials, "too many partials");
-  const int64_t packs = plan.rows * plan.packs_per_row, tile = int64_t{kThreads} * kPacksInFlight;
+  CHECK(!backward || plan.grid_x * plan.grid_y <= 2 * kManyBlocks, "too many partials");
+  const int64_t packs = plan.rows * plan.packs_per_row;
   CHECK(packs * plan.vector == p.length * p.dim, "packs tile the sample");
-  std::vector<int> visits(static_cast<size_t>(packs));  // the loop of the kernels
-  for (int64_t thread = 0; thread < plan.grid_x * kThreads; ++thread) {
-    for (int64_t first = thread / kThreads * tile + thread % kThreads; first < packs;
-         first += plan.grid_x * tile) {
-      for (int k = 0; k < kPacksInFlight; ++k) {
-        const int64_t index = first + k * kThreads;
-        if (index < packs) ++visits[static_cast<size_t>(index)];
-      }
-    }
+  for (const int count : visits_of(p, plan, backward)) {
+    CHECK(count == 1, "a pack is visited %d times", count);
   }
-  for (const int count : visits) CHECK(count == 1, "a pack is visited %d times", count);
   for (const Rows& rows : {p.out, p.in, p.saved}) {
     const int64_t size = item_size(rows.dtype);
     const int64_t bytes = plan.vector * size < 16 ? plan.vector * size : 16;
@@ -361,7 +375,7 @@ void test_plan() {
         p.in = rows_of(which == 1 ? c.odd : plain, c.dtype);
         p.saved = rows_of(plain, c.dtype);
         if (backward) p.grad_logit.data = &grad_logit;
-        check_plan(p, c.vector);
+        check_plan(p, c.vector, backward);
       }
     }
   }
@@ -373,15 +387,16 @@ void test_plan() {
       p.batch = 2, p.length = 4, p.dim = 64;
       p.out = rows_of(at256({640, 64, 1, 0}), out);
       p.in.dtype = in, p.rescale = true;
-      CHECK(plan_launch(p).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
+      CHECK(plan_launch(p, true).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
     }
   }
   // positions beyond 2^31 and 2^32 elements: by the stride, by the run, by a row
   const int64_t big = (int64_t{1} << 33) + 8;
   const Rows wide = rows_of(at256({0, big, 1, 0}), half), run = rows_of(at256({0, 8, 1, 0}), half);
-  CHECK(pack_offset({false, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
-  CHECK(pack_offset({false, 1, 1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8, "one run");
-  CHECK(pack_offset({false, 1, 1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half),
+  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
+  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8,
+        "one run");
+  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half),
                     big + 5) == 9 * big + 40,
         "64-bit division");
   PromptGateParams many{};
@@ -390,7 +405,8 @@ void test_plan() {
   CHECK(row.b == big - 1 && row.p == 2, "rows beyond 2^32");
 }
 
-// Every row of a segment once, every strip, sums within the workspace: for every kind of gate.
+// Each gate by its mapping; every row of a segment once; sums within the workspace, a ticket for
+// each that blocks share, and all blocks that share one in one row of the grid.
 void test_segments() {
   for (const Kind& kind : kKinds) {
     for (const Shape s : {Shape{64, 50, 768}, Shape{256, 200, 768}, Shape{3, 7, 33}, Shape{1, 1, 1},
@@ -402,17 +418,25 @@ void test_segments() {
       float grad = 0;
       p.grad_logit.data = &grad;
       if (kind.by_sample && kind.by_row) p.grad_bias = &grad;
-      const LaunchPlan plan = plan_launch(p);
+      const LaunchPlan forward = plan_launch(p, false), plan = plan_launch(p, true);
       context = std::string(kind.name) + " " + std::to_string(s.batch);
-      CHECK(plan.by_segment == (kind.by_row || kind.by_channel), "mapping");
+      const Mapping own = kind.by_channel ? Mapping::kStrips
+                          : kind.by_row   ? Mapping::kRows
+                                          : Mapping::kPacks;
+      CHECK(forward.mapping == own, "mapping forward");
+      const bool by_prompt = own == Mapping::kRows && !kind.by_sample;
+      CHECK(plan.mapping == (by_prompt ? Mapping::kPrompts : own), "mapping backward");
       CHECK(workspace_bytes(p) <= kMaxWorkspaceBytes, "workspace");
       const Segments segments = segments_of(p);
       CHECK(segments.count * segments.rows == s.batch * s.length, "rows");
-      if (!plan.by_segment) continue;
-      const int64_t groups = plan.grid_y * plan.grid_z;
+      const int64_t groups = plan.grid_y * plan.grid_z;  // of blocks that share a sum
       CHECK(plan.grid_x == 1 || groups <= kMaxTickets, "%d tickets", int(groups));
-      CHECK(plan.grid_x == 1 || (plan.grid_y == segments.count && groups * plan.grid_x <= 1024),
-            "a block with a sum of its own has one segment");
+      const int64_t sums = own == Mapping::kPacks    ? kind.by_sample ? s.batch : plan.grid_y
+                           : by_prompt               ? ceil_div(s.length, kWarps)
+                           : own == Mapping::kStrips ? segments.count
+                                                     : 1;
+      CHECK(plan.grid_x == 1 || plan.grid_y == sums, "a block with a part of a sum has one sum");
+      if (own != Mapping::kStrips) continue;
       std::vector<int> visits(static_cast<size_t>(s.batch * s.length));
       for (int64_t segment = 0; segment < segments.count; ++segment) {
         for (int64_t i = 0; i < segments.rows; ++i) {
