@@ -288,11 +288,8 @@ def unavailable_reason(backend: str) -> str | None:
         return "xformers is not installed (pip install 'gated-prompt[vit]')"
     if not torch.cuda.is_available():
         return "xformers needs a CUDA GPU and torch sees none"
-    try:
-        import xformers.ops  # noqa: F401
-    except Exception as error:  # whatever a broken install raises is the reason
-        return f"xformers does not import: {error}"
-    return None
+    # it imports without its C++ library, too: so try what each of its builds takes
+    return _xformers_failure(torch.float16, 64, torch.device("cuda"), False)
 
 
 def _takes_xformers(q: Tensor) -> bool:
@@ -303,16 +300,7 @@ def _takes_xformers(q: Tensor) -> bool:
 def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
     """None if it runs, else why not; asked once for each kind of input, and logged."""
     reason = unavailable_reason("xformers") if device.type == "cuda" else f"q is on {device}"
-    if reason is None:
-        from xformers.ops import memory_efficient_attention
-
-        sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=device)
-        sample.requires_grad_(needs_grad)  # packed as ours are: strides decide, too
-        try:
-            with torch.enable_grad():
-                memory_efficient_attention(*sample.unbind(2))
-        except (NotImplementedError, ValueError, RuntimeError) as error:
-            reason = f"xformers does not support it: {error}"
+    reason = reason or _xformers_failure(dtype, head_dim, device, needs_grad)
     taken = "xformers" if reason is None else "sdpa"
     _log.info(
         "attention='auto' takes %s for %s, head size %d: %s",
@@ -321,16 +309,34 @@ def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
     return reason
 
 
-def _xformers_attention(q, k, v):
-    reason = f"q is on {q.device}" if not q.is_cuda else unavailable_reason("xformers")
-    if reason is None:
+@functools.cache
+def _xformers_failure(dtype, head_dim, device, needs_grad) -> str | None:
+    """What xformers raises on a sample of such inputs, or None."""
+    try:
         from xformers.ops import memory_efficient_attention
 
+        sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=device)
+        sample.requires_grad_(needs_grad)  # packed as ours are: strides decide, too
+        with torch.enable_grad():
+            memory_efficient_attention(*sample.unbind(2))
+    except Exception as error:  # a broken install, or an unknown dtype, raises anything
+        return f"xformers refuses {dtype}, head size {head_dim}: {type(error).__name__}: {error}"
+    return None
+
+
+def _xformers_attention(q, k, v):
+    cause, reason = None, f"q is on {q.device}"
+    if q.is_cuda:
         try:
+            from xformers.ops import memory_efficient_attention
+
             return memory_efficient_attention(q, k, v)
-        except NotImplementedError as error:
-            reason = str(error)
-    raise RuntimeError(f"tempered_attention: backend='xformers' can't run: {reason}")
+        except torch.cuda.OutOfMemoryError:  # says nothing of what is supported
+            raise
+        except Exception as error:
+            cause = error
+            reason = unavailable_reason("xformers") or f"{type(error).__name__}: {error}"
+    raise RuntimeError(f"tempered_attention: backend='xformers' can't run: {reason}") from cause
 
 
 _KERNELS = {

@@ -2,12 +2,17 @@
 """Attention with a temperature: the function, and timm's modules with a temperature in them."""
 
 import copy
+import importlib.util
+import re
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_rule, timm_or_skip
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 timm_or_skip()
 from timm.layers import Attention, AttentionRope, DiffAttention
@@ -491,11 +496,46 @@ def test_auto_says_once_what_it_took_and_why(caplog):
     assert "takes sdpa for torch.float32, head size 8: q is on cpu" in record.getMessage()
 
 
+@pytest.mark.parametrize("raised", [KeyError(torch.float64), NotImplementedError("no such head")])
+def test_whatever_xformers_raises_is_a_reason(monkeypatch, raised):
+    """0.0.35 on CUDA lets a KeyError out for float64."""
+
+    def refuse(q, k, v):
+        raise raised
+
+    xformers = types.SimpleNamespace(memory_efficient_attention=refuse)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=xformers))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
+    monkeypatch.setattr(attention, "unavailable_reason", lambda backend: None)
+    monkeypatch.setattr(attention, "is_traced", lambda *tensors: False)
+    for name in ("_why_not_xformers", "_xformers_failure"):  # not what is kept of the real one
+        monkeypatch.setattr(attention, name, getattr(attention, name).__wrapped__)
+    says = re.escape(f"{type(raised).__name__}: {raised}")
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, B, N, H, D, dtype=torch.float64, device="cuda")
+        assert gp.tempered_attention(q, k, v, 0.7).shape == q.shape
+        with pytest.raises(RuntimeError, match=f"backend='xformers' can't run: {says}"):
+            gp.tempered_attention(q, k, v, 0.7, "xformers")
+
+
+def test_an_xformers_that_imports_but_does_not_run_is_unavailable(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_xformers_failure", lambda *sample: "No operator found")
+    assert attention.unavailable_reason("xformers") == "No operator found"
+
+
+def skip_unless_it_runs(backend):
+    if backend == "xformers":
+        reason = attention._why_not_xformers(torch.bfloat16, 64, torch.device("cuda:0"), True)
+        if reason is not None:  # whether that is true: test_auto_takes_xformers_where_it_runs
+            pytest.skip(reason)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 def test_attention_backends_on_cuda(backend):
-    if attention.unavailable_reason(backend) is not None:
-        pytest.skip(attention.unavailable_reason(backend))
+    skip_unless_it_runs(backend)
     q, k, v = torch.randn(3, 2, 70, 3, 64, dtype=torch.bfloat16, device="cuda")
     tau = torch.tensor(0.7, device="cuda", requires_grad=True)
     results = []
@@ -521,8 +561,7 @@ KERNELS = {  # backend: what its forward is called by, of which one must be seen
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_backend_that_was_asked_for_is_the_kernel_that_ran(backend, learned):
-    if attention.unavailable_reason(backend) is not None:
-        pytest.skip(attention.unavailable_reason(backend))
+    skip_unless_it_runs(backend)
     torch.manual_seed(1)
     attn = Attention(3 * 64, 3, qkv_bias=True).cuda().bfloat16().requires_grad_(False)
     module = TemperedAttention(attn, 0.7, learned, backend)
@@ -554,8 +593,14 @@ def test_auto_takes_xformers_where_it_runs_and_else_sdpa():
         torch.testing.assert_close(
             gp.tempered_attention(q, k, v, 0.7), wanted, rtol=2e-2, atol=2e-2
         )
-    if attention.unavailable_reason("xformers") is None:
-        assert attention._why_not_xformers(torch.bfloat16, 64, q.device, True) is None
-        assert attention._why_not_xformers(torch.float64, 64, q.device, True) is not None
-        with pytest.raises(RuntimeError, match="backend='xformers' can't run"):
-            gp.tempered_attention(q, k, v, 0.7, "xformers")
+    assert "xformers" in attention._why_not_xformers(torch.float64, 64, q.device, True)
+    with pytest.raises(RuntimeError, match="backend='xformers' can't run"):
+        gp.tempered_attention(q, k, v, 0.7, "xformers")
+    try:  # its own word
+        from xformers.ops import memory_efficient_attention
+
+        memory_efficient_attention(*(t.bfloat16().requires_grad_() for t in (q, k, v)))
+        runs = True
+    except (ImportError, NotImplementedError):
+        runs = False
+    assert (attention._why_not_xformers(torch.bfloat16, 64, q.device, True) is None) == runs
