@@ -318,14 +318,15 @@ def run_reference(case, exact=True):
 
 
 def magnitudes(case):
-    """Sum of |terms| of the output and of each gradient, float64: the scale of the tolerance."""
+    """Sum of |terms| of the output and of each gradient, float64: the scale of the tolerance; and
+    that of the logit, carried on to the output."""
     h, x, *gate, grad = _exact_inputs(case)
     x_rows = x[:, case.rows] if case.in_form == "sequence" else x
     h_rows, grad_rows = h[:, case.rows], grad[:, case.rows].abs()
     dtypes = (case.dtype, case.in_dtype, case.gate_dtype)
     # below the smallest normal number rounding is absolute
     tiny = max(torch.finfo(t).smallest_normal for t in dtypes if t is not None)
-    logit, off = gate[0], 0.0  # off: by what rounding of the logit moves the gate, in epsilons
+    logit, terms, off = gate[0], 0.0, 0.0  # off: what the logit's rounding adds to g, in epsilons
     if case.is_linear:  # off by some epsilons of its own terms
         weight, bias = gate[0], 0.0 if gate[1] is None else gate[1]
         logit = h_rows @ weight.T + bias
@@ -342,10 +343,12 @@ def magnitudes(case):
     g = logit.sigmoid()
     slope = g * (1 - g) + blur + off
     w = 1 - g + blur + off if case.rule == "mix" else torch.ones_like(g)
-    g = g + off
     change = (h_rows - x_rows).abs() + blur * (h_rows.abs() + x_rows.abs())
     change = (change if case.rule == "mix" else h_rows.abs()) + tiny
+    carried = torch.zeros_like(h)
+    carried[:, case.rows] = (g * (1 - g) * terms * change).nan_to_num(nan=0.0, posinf=0.0)
     out, grad_h = h.abs() + tiny, grad.abs() + tiny
+    g = g + off
     out[:, case.rows] = g * h_rows.abs() + w * x_rows.abs() + tiny
     grad_h[:, case.rows] = g * grad_rows + tiny
     grad_x = w * grad_rows + tiny
@@ -355,19 +358,19 @@ def magnitudes(case):
         grad_x = grad_x.sum(0)
     grad_logit = slope * (change * grad_rows) + tiny
     if not case.is_linear:
-        return out, [grad_h, grad_x, grad_logit.sum_to_size(gate[0].shape)]
+        return out, carried, [grad_h, grad_x, grad_logit.sum_to_size(gate[0].shape)]
     if case.gate == "linear-token":
         grad_logit = grad_logit.sum(-1, keepdim=True)
     grad_h[:, case.rows] += grad_logit @ weight.abs()
     grad_weight = torch.einsum("bpk,bpd->kd", grad_logit, h_rows.abs())
-    return out, [grad_h, grad_x, grad_weight, grad_logit.sum((0, 1))]
+    return out, carried, [grad_h, grad_x, grad_weight, grad_logit.sum((0, 1))]
 
 
 def check_against_reference(case):
     """Output and every gradient by the rule; untouched rows and dtypes exactly."""
     got, exact, eager = run_op(case), run_reference(case), run_reference(case, exact=False)
-    out_terms, grad_terms = magnitudes(case)
-    within_rule("out", got.out, exact.out, eager.out, out_terms, backward=False)
+    out_terms, carried, grad_terms = magnitudes(case)
+    within_rule("out", got.out, exact.out, eager.out, out_terms, backward=False, carried=carried)
     outside = torch.ones(case.num_tokens, dtype=torch.bool)
     outside[case.rows] = False
     h, *_, grad = case.inputs()

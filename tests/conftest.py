@@ -58,7 +58,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=False, dtype=None):
+def assert_within_rule(
+    name, got, reference, eager, terms, *, backward, reduced=False, carried=0.0, dtype=None
+):
     """Asserts that `got` is as near to the float64 `reference` as its dtype and the eager form
     allow.
 
@@ -67,12 +69,15 @@ def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=
         ratio: max|got - ref| <= K * max|eager - ref| + 2 * eps * max|ref| + acc
         cap:   |got - ref| <= max(C * eps * terms, 2 * |eager - ref|) + acc, elementwise
     acc is 0; but where `reduced` it is 8 float32 epsilons of `terms`, and the ratio has `terms` in
-    place of |ref|: where a sum cancels, eager is exact by luck only. float64 has no wider oracle:
+    place of |ref|: where a sum cancels, eager is exact by luck only. The ratio has 8 float32
+    epsilons of max(carried), too; `terms` has them for the cap. float64 has no wider oracle:
     relative 1e-12 (forward) or 1e-11 (backward) of `terms`.
 
     Args:
         reference, eager: The same value in float64, and by eager ops in the dtype under test.
         terms: Sum of the absolute values that are added up to make each element, float64.
+        carried: The same of a sum on the way to each element, times the element's derivative by it:
+            eager may add up in another order.
         dtype: The coarsest dtype of the inputs, where it is coarser than that of `got`.
     """
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype}, eager has {eager.dtype}"
@@ -88,10 +93,12 @@ def assert_within_rule(name, got, reference, eager, terms, *, backward, reduced=
         return
     eps = torch.finfo(dtype).eps
     k, c = (3, 32) if backward else (2, 8)
-    accumulated = 8 * torch.finfo(torch.float32).eps * terms if reduced else 0 * terms
+    of_sums = 8 * torch.finfo(torch.float32).eps
+    accumulated = of_sums * terms if reduced else 0 * terms
     eager_error = (eager.double() - reference).abs()
     scale = terms if reduced else reference.abs()
     ratio = k * eager_error.max() + 2 * eps * scale.max() + accumulated.max()
+    ratio += of_sums * torch.as_tensor(carried).max()
     assert error.max() <= ratio, f"{name}: error {error.max():.3g} beyond ratio bound {ratio:.3g}"
     cap = torch.maximum(c * eps * terms, 2 * eager_error) + accumulated
     worst = (error - cap).argmax()

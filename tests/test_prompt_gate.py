@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     DIMENSIONS,
     DTYPES,
@@ -82,6 +83,28 @@ def test_output_and_gradients_equal_the_reference(device, gate, dtype, size, inp
 def test_more_than_one_task_of_rows_equals_the_reference(device, gate, dtype):
     for size in ((2, 60, 768, 1, 50), (40, 12, 300, 2, 9)):
         check_against_reference(Case(*size, dtype=dtype, inplace=True, device=device, gate=gate))
+
+
+def one_term_after_the_other(h, weight, bias):
+    logit = bias.expand(*h.shape[:-1], -1).clone()
+    for d in range(h.shape[-1]):
+        logit.addcmul_(h[..., d, None], weight[:, d])
+    return logit
+
+
+def test_rule_allows_another_order_of_a_logits_sum_and_no_more(monkeypatch):
+    """On CUDA the op and the eager form take different GEMMs, and eager may be the nearer one."""
+    case = Case(2, 60, 768, 1, 50, gate="linear", inplace=True)
+    monkeypatch.setattr(ops, "linear_logit", one_term_after_the_other)
+    check_against_reference(case)
+    for wrong in (
+        lambda h, weight, bias: F.linear(h, weight, bias) * (1 + 1e-4),
+        lambda h, weight, bias: F.linear(h[..., 1:], weight[:, 1:], bias),
+        lambda h, weight, bias: F.linear(h, weight.bfloat16().float(), bias),
+    ):
+        monkeypatch.setattr(ops, "linear_logit", wrong)
+        with pytest.raises(AssertionError, match="out: error"):
+            check_against_reference(case)
 
 
 @pytest.mark.parametrize("gate", GATES)
