@@ -89,7 +89,7 @@ coverage: $(CHOSEN)
 GCOVR = --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
   --gcov-ignore-parse-errors=negative_hits.warn_once_per_file
 
-# The quick form, on the CPU; BENCH=... are flags of benchmarks/shapes.py. peft: for the rows of LoRA.
+# The quick form, on the CPU; BENCH=... are flags of benchmarks/shapes.py, or --deadline. peft: for the rows of LoRA.
 bench: build
 	$(PIP) --constraint $(VENV)/constraints.txt peft
 	mkdir -p $(RESULTS)

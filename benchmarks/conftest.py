@@ -3,10 +3,12 @@
 
 import ctypes
 import importlib.util
+import math
 import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch._inductor.config
 
 from gated_prompt import ops
 
+START = time.monotonic()
 # without the extra `vit`, the suites of the op alone
 collect_ignore = []
 if importlib.util.find_spec("timm") is None:
@@ -26,6 +29,15 @@ def pytest_addoption(parser):
     shapes.add_options(parser)
     parser.addoption("--all-peers", action="store_true", help="all compiled rows, too")
     parser.addoption("--threads", type=int, default=1, help="CPU threads; above 1, time is time")
+    text = "seconds after collecting begins, from which on rows skip"
+    parser.addoption("--deadline", type=float, default=math.inf, help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before a fixture makes anything
+def pytest_runtest_setup(item):
+    """So that a run ends by itself: interrupted in a round, pytest-benchmark writes no JSON."""
+    if time.monotonic() - START > item.config.getoption("deadline"):
+        pytest.skip("out of time")
 
 
 @pytest.fixture(autouse=True)

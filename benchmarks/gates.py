@@ -35,8 +35,8 @@ def l2_bytes():
 
 
 def calls_of(case):
-    """How many buffers to go through: on CUDA until four times the L2 were touched, if 256 do; 16 at
-    least, since a graph and its events cost microseconds that are not the kernels'."""
+    """How many buffers to go through: on CUDA until four times the L2 were touched, if 256 do; 16
+    at least, since a graph and its events cost microseconds that are not the kernels'."""
     if case.device == "cpu":
         return 1  # h has just been written, as after a block
     return max(16, min(256, 4 * l2_bytes() // bytes_moved(case)["forward"] + 1))

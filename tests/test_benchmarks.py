@@ -252,6 +252,16 @@ def test_benchmarks_collect_and_skip_without_a_gpu():
         assert " passed" not in done.stdout
 
 
+def test_after_the_deadline_rows_skip_and_the_run_ends_well(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_limits.py", "-q", "-k", "cpu"]
+    command += ["-rs", "--deadline", "0", f"--benchmark-json={tmp_path / 'none.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "out of time" in done.stdout
+    assert " passed" not in done.stdout
+    assert list(tmp_path.iterdir()) == []  # no rows, no file: nothing that a report stumbles over
+
+
 def quick_rows(device):
     """The names of all rows of `device` that run without flags, as results have them."""
     found = []
