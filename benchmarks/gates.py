@@ -24,7 +24,8 @@ def bytes_moved(case, peer=""):
         ops.launch_plan(**size, **how)["bytes_moved"]
         for how in ({"save": False}, {"save": True}, {"backward": True})
     )
-    if peer == TWO_CARRIERS:  # it reads one more gradient
+    # it reads one more gradient; what it moves is what a copy on CUDA is the limit of
+    if peer == TWO_CARRIERS or (peer == "device copy" and case.device == "cuda"):
         backward += batch * case.prompts * dim * case.torch_dtype.itemsize
     moved = {"forward": forward, "forward, saving": training, "backward": backward}
     return moved | {"forward+backward": training + backward}
@@ -141,7 +142,7 @@ class Copy(Work):
 
     def __init__(self, case, peer="device copy"):
         super().__init__(case, peer)
-        self.calls, moved = calls_of(case), bytes_moved(case)
+        self.calls, moved = calls_of(case), bytes_moved(case, peer)
         # half is read and half written; whole packs of 512 bytes, so that every buffer is aligned
         self.sizes = {which: -(-count // 1024) * 512 for which, count in moved.items()}
         del self.sizes["forward+backward"]  # one copy after the other
