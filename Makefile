@@ -129,9 +129,9 @@ gpu-compiled: gpu-build
 gpu-attention: gpu-build
 	$(call gpu_bench) benchmarks/bench_attention.py
 
-# Tables and plots of benchmarks/README.md from $(RESULTS), and docs/counts.md.
+# Tables and plots of benchmarks/README.md and README.md from benchmarks/results, and docs/counts.md.
 report: build
-	$(BIN)/python benchmarks/report.py benchmarks/README.md
+	$(BIN)/python benchmarks/report.py benchmarks/README.md README.md
 	$(BIN)/python benchmarks/counts.py docs/counts.md
 
 # Instructions and registers beside benchmarks/baseline.json; UPDATE=--update writes it. Needs valgrind and nvcc.

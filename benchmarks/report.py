@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of benchmarks/README.md, from what runs have left in results/.
+"""Tables and plots of benchmarks/README.md and README.md, from what runs have left in results/.
 
     make report
 
-The page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
+A page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
 function NAME of TABLES makes of the results, and plots go beside the results, as PNG. Where a
 result is not there, the table says that it was not measured. The runs of one device, cpu*.json or
-gpu*.json, are one result.
+gpu*.json, are one result; of a row that is in several, the file that comes last by name counts.
 """
 
+import dataclasses
 import itertools
 import json
 import re
@@ -20,11 +21,13 @@ import goals
 import matplotlib.pyplot as plt
 from counts import gate_bytes
 from goals import NOT_MEASURED
+from harness import TRAINING
 from shapes import Case
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DEVICES = ("cpu", "gpu")
+NAMES = ("suite", "case", "how", "which", "peer")
 OURS = "gated_prompt, carrier"
 LONGEST = 8  # bars are cut there, and say what they are
 
@@ -32,13 +35,14 @@ LONGEST = 8  # bars are cut there, and say what they are
 def load(folder=RESULTS):
     """{device: result}, the rows of all its runs together; runs: these, without their rows."""
     results = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         run = json.loads(path.read_text())
         device, found = path.stem[:3], run.pop("rows")
         result = results.setdefault(device, {"rows": [], "runs": []})
-        if any(machine(run) != machine(other) for other in result["runs"]):
-            raise SystemExit(f"{path}: of {machine(run)}, other runs of another machine")
-        result["rows"] += found
+        if any(machine(device, run) != machine(device, other) for other in result["runs"]):
+            raise SystemExit(f"{path}: of {machine(device, run)}, other runs of another machine")
+        by_name = {tuple(map(row.get, NAMES)): row for row in result["rows"] + found}
+        result["rows"] = list(by_name.values())
         result["runs"].append(run)
     for path in folder.glob("gpu-tests*.xml"):
         suite = next(ElementTree.parse(path).iter("testsuite"))
@@ -46,14 +50,15 @@ def load(folder=RESULTS):
             name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")
         }
         row = {"suite": "tests", "peer": path.stem, "failed": count["failures"] + count["errors"]}
+        row["passed"] = count["tests"] - count["skipped"] - row["failed"]
         if count["tests"] > count["skipped"] and "gpu" in results:
             results["gpu"]["rows"].append(row)
     return results
 
 
-def machine(run):
-    """What must be one for rows to be held against each other."""
-    return run["cpu"], (run.get("gpu") or {}).get("name"), run["torch"]
+def machine(device, run):
+    """What must be one for rows to be held against each other; a GPU is rented with any CPU."""
+    return run["cpu"] if device == "cpu" else (run.get("gpu") or {}).get("name"), run["torch"]
 
 
 def rows(result, **wanted):
@@ -63,8 +68,14 @@ def rows(result, **wanted):
 
 
 def markdown(header, lines, left=1):
+    """Without the columns that are empty."""
+    lines = list(lines)
+    full = [any(cells) for cells in zip(*lines, strict=True)]
     right = [*["---"] * left, *["---:"] * (len(header) - left)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, right, *lines))
+    return "\n".join(
+        "| " + " | ".join(map(str, itertools.compress(line, full))) + " |"
+        for line in (header, right, *lines)
+    )
 
 
 def unique(values):
@@ -110,9 +121,11 @@ def limits(result):
     lines = []
     for case in unique(row["case"] for row in found):
         of = {row["peer"]: row for row in found if row["case"] == case}
-        call = of["call"].get("host_us", [0, of["call"]["median_us"], 0])[1]
-        copy, gemm = of["copy"]["gb_per_s"], of["GEMM"]["tflop_per_s"]
-        lines.append((case, f"{copy:,.1f}", f"{gemm:,.3g}", f"{call:.2f}"))
+        copy, gemm, call = (of.get(peer) for peer in ("copy", "GEMM", "call"))
+        copy = copy and f"{copy['gb_per_s']:,.1f}"
+        gemm = gemm and f"{gemm['tflop_per_s']:,.3g}"
+        call = call and f"{call.get('host_us', [0, call['median_us']])[1]:.2f}"
+        lines.append((case, copy or "", gemm or "", call or ""))
     return markdown(("", "copy, GB/s", "GEMM, TFLOP/s", "an op, µs of the host"), lines)
 
 
@@ -124,12 +137,11 @@ def chain(result):
             of = [row for row in found if row["case"] == case and row.get("how") == how]
             if not of:
                 continue
-            lines = []
+            passes, lines = unique(row["which"] for row in of), []
             for peer in unique(row["peer"] for row in of):
-                over = {row["which"]: row["over_us"] for row in of if row["peer"] == peer}
-                lines.append((peer, *(with_interval(over[w], 0) for w in over)))
-            header = (f"{case}, {how}", *unique(row["which"] for row in of))
-            parts.append(markdown(header, lines))
+                over = {r["which"]: with_interval(r["over_us"], 0) for r in of if r["peer"] == peer}
+                lines.append((peer, *(over.get(which, "") for which in passes)))
+            parts.append(markdown((f"{case}, {how}", *passes), lines))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -168,7 +180,7 @@ def attention(result):
         return NOT_MEASURED
     parts = []
     for case in unique(row["case"] for row in found):
-        for what in ("kernel", "layer"):
+        for what in unique(row["how"] for row in found if row["case"] == case):
             of = [row for row in found if row["case"] == case and row["how"] == what]
             passes, lines = unique(row["which"] for row in of), []
             for peer in unique(row["peer"] for row in of):
@@ -205,6 +217,34 @@ def vit(result):
             lines.append((peer, cells[0], speed[0], kept, peak, cells[1], speed[1]))
         header = (case, "step", "images/s", "MB kept", "MB peak", "inference", "images/s")
         parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+def summary(result):
+    """For README.md: a gate alone as a graph, and a training step, beside those of others."""
+    if not result:
+        return "**Not yet run on a GPU**, neither tests nor benchmarks."
+    case, lines = Case("cuda", 64, dtype="bfloat16"), []
+
+    def add(what, peers, unit, **wanted):
+        of = {row["peer"]: row["median_us"] / unit for row in rows(result, **wanted)}
+        if peers[0] in of:
+            ratios = {peer: f"{micro(t)} ({t / of[peers[0]]:.2f})" for peer, t in of.items()}
+            lines.append((what, *(ratios.get(peer, "") for peer in peers)))
+
+    for batch, which in itertools.product((64, 256), TRAINING):
+        names = {"case": str(dataclasses.replace(case, batch=batch)), "which": which}
+        peers = (OURS, "original", "original, compiled", "triton, rows", "")
+        add(f"gate, B={batch}, {which}, µs", peers, 1, suite="gate", how="alone, graph", **names)
+    names = {"suite": "vit", "case": case.shape, "which": "step"}
+    add("step, ms", ("gated_prompt", "original", "", "", "vpt-shallow"), 1e3, **names)
+    peers = ("gated_prompt, compiled", "", "original, compiled", "", "vpt-shallow, compiled")
+    add("step, compiled, ms", peers, 1e3, **names)
+    gpu = machine("gpu", result["runs"][0])[0]
+    header = (gpu, "ours", "original", "original, compiled", "Triton", "VPT-shallow")
+    parts = [markdown(header, lines) if lines else NOT_MEASURED]
+    for row in rows(result, suite="tests"):
+        parts.append(f"{row['peer']}: {row['passed']:,} passed, {row['failed']:,} failed.")
     return "\n\n".join(parts)
 
 
@@ -336,14 +376,20 @@ def frontier(result, device):
         save(figure, f"{device}-frontier-{re.sub('[^A-Za-z0-9]+', '-', case)}.png")
 
 
-# ---- the page ----
+def pictures(results):
+    """Those of the GPU, whichever there are."""
+    names = sorted(path.name for path in RESULTS.glob("gpu-*.png"))
+    return "\n\n".join(f"![{name[:-4]}](results/{name})" for name in names) or NOT_MEASURED
+
+
+# ---- the pages ----
 
 TABLES = {
     f"{device} {make.__name__}": (device, make)
     for device in DEVICES
-    for make in (where, limits, chain, alone, linear, attention, vit)
+    for make in (where, limits, chain, alone, linear, attention, vit, summary)
 }
-TABLES_OF_ALL = {"instructions": instructions, "gpu goals": aims}
+TABLES_OF_ALL = {"instructions": instructions, "gpu goals": aims, "gpu plots": pictures}
 
 
 def fill(page, results):
@@ -360,6 +406,7 @@ def fill(page, results):
 
 
 if __name__ == "__main__":
-    results, page = load(), Path(sys.argv[1])
-    page.write_text(fill(page.read_text(), results))
+    results = load()
     plots(results)
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(fill(page.read_text(), results))

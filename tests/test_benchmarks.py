@@ -469,20 +469,51 @@ def test_of_a_goal_for_any_shape_the_worst_counts():
 
 
 def test_runs_of_one_machine_are_one_result(tmp_path):
-    run = {"cpu": "a", "gpu": {"name": "b"}, "torch": "2", "rows": [{"suite": "gate"}]}
-    for name in ("gpu-op", "gpu-step"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    run = {"cpu": "a", "gpu": {"name": "b"}, "torch": "2"}
+    for name, cpu, rows in (
+        ("gpu-op", "a", [{"suite": "gate", "us": 1}, {"suite": "limits"}]),
+        ("gpu-op-2", "another", [{"suite": "gate", "us": 2}]),  # again, and it is rented
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run | {"cpu": cpu, "rows": rows}))
     tests = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
     (tmp_path / "gpu-tests.xml").write_text(tests)
     result = report.load(tmp_path)["gpu"]
     assert len(result["runs"]) == 2
-    assert [row["suite"] for row in result["rows"]] == ["gate", "gate", "tests"]
-    assert result["rows"][-1]["failed"] == 1
-    (tmp_path / "gpu-x.json").write_text(json.dumps(run | {"gpu": {"name": "c"}}))
-    with pytest.raises(SystemExit, match="another machine"):
-        report.load(tmp_path)
+    assert [row["suite"] for row in result["rows"]] == ["gate", "limits", "tests"]
+    assert result["rows"][0]["us"] == 2
+    assert (result["rows"][-1]["failed"], result["rows"][-1]["passed"]) == (1, 6)
+    for device, other in (("gpu", {"gpu": {"name": "c"}}), ("cpu", {"cpu": "another"})):
+        for name, changed in (("x", {}), ("y", other)):
+            path = tmp_path / f"{device}-{name}.json"
+            path.write_text(json.dumps(run | {"rows": []} | changed))
+        with pytest.raises(SystemExit, match="another machine"):
+            report.load(tmp_path)
+        path.unlink()
 
 
-def test_the_page_is_what_the_results_say():
-    page = (ROOT / "benchmarks" / "README.md").read_text()
+def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
+    """A run ends where its time does."""
+    figures = ("median_us", "gb_per_s", "tflop_per_s", "images_per_s", "saved_bytes", "peak_bytes")
+    figures = dict.fromkeys(figures, 2e9)
+    figures |= dict.fromkeys(("ratio", "over_us", "host_us"), [1.0] * 3)
+    of_attention = {"suite": "attention", "case": "c", "how": "layer", "which": "backward"}
+    names = [*quick_rows("cuda"), of_attention | {"peer": "timm"}]
+    rows = [made_up(each, **figures) for each in names]
+    rows.append({"suite": "tests", "peer": "gpu-tests", "passed": 1234, "failed": 5})
+    runs = [report.load()["cpu"]["runs"][0] | {"gpu": {"name": "H0", "cuda": "1"}}]
+    makers = [make for device, make in report.TABLES.values() if device == "gpu"]
+    for make in makers:
+        assert report.NOT_MEASURED not in make({"rows": rows, "runs": runs})
+        for row in rows:
+            make({"rows": [row], "runs": runs})
+    found = report.summary({"rows": rows, "runs": runs})
+    assert "gpu-tests: 1,234 passed, 5 failed." in found
+    assert found.count("| H0 |") == 1
+    assert found.count(" µs |") == 6
+    assert found.count(" ms |") == 2
+
+
+@pytest.mark.parametrize("page", ["benchmarks/README.md", "README.md"])
+def test_the_page_is_what_the_results_say(page):
+    page = (ROOT / page).read_text()
     assert report.fill(page, report.load()) == page
