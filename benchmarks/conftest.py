@@ -123,11 +123,12 @@ def _portable(arguments):
 
 
 def _commit():
-    """HEAD, with a + where files have changed since; of a copy without .git, what it is told."""
+    """What the environment says, for a copy without .git or with that of another commit; else
+    HEAD, with a + where files have changed since."""
+    if os.environ.get("GATED_PROMPT_COMMIT"):
+        return os.environ["GATED_PROMPT_COMMIT"]
     commit = _printed("git", "rev-parse", "HEAD")
-    if not commit:
-        return os.environ.get("GATED_PROMPT_COMMIT") or "unknown"
-    return commit + "+" * bool(_printed("git", "status", "--porcelain"))
+    return commit + "+" * bool(_printed("git", "status", "--porcelain")) if commit else "unknown"
 
 
 def _gpu():

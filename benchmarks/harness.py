@@ -9,8 +9,8 @@ reports is of those pairs: what the machine does meanwhile meets both.
 
 Time is of one call: on the CPU, CPU time of the one thread (with --threads, time); on CUDA, time on
 the device between two events with a synchronisation after them, over `calls` calls one after the
-other. In eager mode that has the host in it wherever the device waits for it; CUDA graphs are
-handed over while the device still sleeps.
+other. In eager mode that has the host in it wherever the device waits for it; CUDA graphs, and what
+says what the device can do, are handed over while it still sleeps.
 """
 
 import math
@@ -46,8 +46,8 @@ timed_here = pytest.mark.benchmark(timer=clock)
 class Timer:
     """Seconds on the device, and on CUDA those that the host took to hand the work over."""
 
-    def __init__(self, device, graphed=False):
-        self.is_cuda, self.graphed = device == "cuda", graphed
+    def __init__(self, device, ahead=False):
+        self.is_cuda, self.ahead = device == "cuda", ahead
         self.of_host = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         if self.is_cuda:
             self.of_host = time.perf_counter
@@ -57,7 +57,7 @@ class Timer:
         """(seconds, host's seconds) of calling these."""
         if self.is_cuda:
             torch.cuda.synchronize()
-            if self.graphed:
+            if self.ahead:
                 torch.cuda._sleep(AHEAD)
             self.events[0].record()
         start = self.of_host()
@@ -75,6 +75,7 @@ class Work:
     """What all works have: random inputs of a case, one call unless it says otherwise."""
 
     calls = 1
+    ahead = False  # whether it is handed over while the device still sleeps
 
     def __init__(self, case, peer):
         self.case, self.device, self.name = case, case.device, f"{peer}/{case}"
@@ -147,7 +148,7 @@ def race(benchmark, work, rival, which, budget=0.2, most=200):
     work's time; ratio, that over its rival's; over_us, that less its rival's; on CUDA host_us. And
     whether torch was told to be deterministic. Returns the median of the work's seconds.
     """
-    timer = Timer(work.device, isinstance(work, Graphed))
+    timer = Timer(work.device, work.ahead)
     for contender in {work, rival}:
         check(contender)
         seconds(contender, which, timer)
@@ -186,6 +187,8 @@ def interval(values):
 
 class Graphed:
     """The phases of a work as CUDA graphs: no host in the way."""
+
+    ahead = True
 
     def __init__(self, work):
         self.work, self.name, self.verify = work, f"{work.name}/graph", work.verify

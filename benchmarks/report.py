@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 from counts import gate_bytes
 from goals import NOT_MEASURED
 from harness import TRAINING
+from peers import TWO_CARRIERS
 from shapes import Case
 
 HERE = Path(__file__).parent
@@ -50,6 +51,7 @@ def load(folder=RESULTS):
             name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")
         }
         row = {"suite": "tests", "peer": path.stem, "failed": count["failures"] + count["errors"]}
+        row["skipped"] = count["skipped"]
         row["passed"] = count["tests"] - count["skipped"] - row["failed"]
         if count["tests"] > count["skipped"] and "gpu" in results:
             results["gpu"]["rows"].append(row)
@@ -234,17 +236,24 @@ def summary(result):
 
     for batch, which in itertools.product((64, 256), TRAINING):
         names = {"case": str(dataclasses.replace(case, batch=batch)), "which": which}
-        peers = (OURS, "original", "original, compiled", "triton, rows", "")
-        add(f"gate, B={batch}, {which}, µs", peers, 1, suite="gate", how="alone, graph", **names)
+        names |= {"suite": "gate", "how": "alone, graph"}
+        ours = OURS if rows(result, peer=OURS, **names) else TWO_CARRIERS
+        peers = (ours, "original", "original, compiled", "triton, rows", "")
+        add(f"gate, B={batch}, {which}, µs", peers, 1, **names)
     names = {"suite": "vit", "case": case.shape, "which": "step"}
-    add("step, ms", ("gated_prompt", "original", "", "", "vpt-shallow"), 1e3, **names)
+    add("step, eager, ms", ("gated_prompt", "original", "", "", "vpt-shallow"), 1e3, **names)
     peers = ("gated_prompt, compiled", "", "original, compiled", "", "vpt-shallow, compiled")
     add("step, compiled, ms", peers, 1e3, **names)
+    for batch in (64, 8):
+        names["case"] = dataclasses.replace(case, batch=batch).shape
+        peers = ("gated_prompt, graph", "original, graph", "", "", "vpt-shallow, graph")
+        add(f"step, B={batch}, CUDA graph, ms", peers, 1e3, **names)
     gpu = machine("gpu", result["runs"][0])[0]
     header = (gpu, "ours", "original", "original, compiled", "Triton", "VPT-shallow")
     parts = [markdown(header, lines) if lines else NOT_MEASURED]
     for row in rows(result, suite="tests"):
-        parts.append(f"{row['peer']}: {row['passed']:,} passed, {row['failed']:,} failed.")
+        skipped = f", {row['skipped']:,} skipped" if row["skipped"] else ""
+        parts.append(f"CUDA tests: {row['passed']:,} passed, {row['failed']:,} failed{skipped}.")
     return "\n\n".join(parts)
 
 
@@ -329,9 +338,11 @@ def bars(result, device):
 def roofline(result, device):
     """Bandwidth of the gate over the bytes that it must move, beside that of a copy."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for peer, mark in ((OURS, "o"), ("device copy", "s"), ("original", "x"), ("triton", "^")):
+    marks = {OURS: "o", TWO_CARRIERS: "v", "device copy": "s", "original": "x", "triton": "^"}
+    for peer, mark in marks.items():
         for how in ("alone", "alone, graph"):
-            of = [r for r in rows(result, suite="gate", how=how, peer=peer) if "gb_per_s" in r]
+            found = rows(result, suite="gate", how=how, peer=peer)
+            of = [r for r in found if "gb_per_s" in r and " 16px " not in r["case"]]  # not a call
             if of:
                 axes.scatter(
                     [r["bytes"] / 1e6 for r in of], [r["gb_per_s"] for r in of], marker=mark,
@@ -357,6 +368,8 @@ def frontier(result, device):
     found = [r for r in rows(result, suite="vit", which="step") if needed <= r.keys()]
     for case in unique(row["case"] for row in found):
         of = [r for r in found if r["case"] == case and "cached" not in r["peer"]]
+        if len(of) < 3:  # no picture
+            continue
         megabytes = [row.get("peak_bytes", row["saved_bytes"]) / 1e6 for row in of]
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
         marks = itertools.cycle("osD^v<>Pp*hX")

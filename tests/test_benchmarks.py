@@ -294,6 +294,40 @@ def test_rows_of_the_cpu_have_the_names_of_its_results():
     assert measured - {key(row) for row in quick_rows("cpu")} == set()
 
 
+@pytest.mark.parametrize(
+    ("work", "order"),
+    [
+        (bench_limits.Copy, ["sleep", "event", "work", "event"]),
+        (bench_limits.Gemm, ["sleep", "event", "work", "event"]),
+        (harness.Graphed, ["sleep", "event", "work", "event"]),
+        (bench_limits.Call, ["event", "work", "event"]),
+        (gates.Alone, ["event", "work", "event"]),
+    ],
+)
+def test_what_the_device_can_do_is_timed_without_the_host(work, order, monkeypatch):
+    seen = []
+
+    class Event(SimpleNamespace):
+        def record(self):
+            seen.append("event")
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("sleep"))
+    harness.Timer("cuda", work.ahead)(lambda: seen.append("work"))
+    assert seen == order
+
+
+def test_a_device_copy_is_of_whole_64_kib():
+    copied = gates.Copy(shapes.Case(**SMALL))
+    for which, size in copied.sizes.items():
+        assert size % 2**16 == 0
+        assert 2 * size >= gates.bytes_moved(copied.case)[which]
+
+
 # ---- what a run leaves ----
 
 
@@ -316,6 +350,14 @@ def test_a_run_is_not_lost_where_git_and_nvidia_smi_fail(fault, bench_conftest, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert bench_conftest._commit() == "unknown"
     assert bench_conftest._gpu() == {"cuda": torch.version.cuda}
+    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
+    assert bench_conftest._commit() == "abc"
+
+
+def test_a_copy_with_the_git_of_another_commit_is_told_its_own(bench_conftest, monkeypatch):
+    monkeypatch.setattr(bench_conftest, "_printed", lambda *command: "of another commit")
+    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
+    assert bench_conftest._commit() == "of another commit+"
     monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
     assert bench_conftest._commit() == "abc"
 
@@ -499,7 +541,7 @@ def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
     of_attention = {"suite": "attention", "case": "c", "how": "layer", "which": "backward"}
     names = [*quick_rows("cuda"), of_attention | {"peer": "timm"}]
     rows = [made_up(each, **figures) for each in names]
-    rows.append({"suite": "tests", "peer": "gpu-tests", "passed": 1234, "failed": 5})
+    rows.append({"suite": "tests", "peer": "gpu-tests", "passed": 1234, "failed": 5, "skipped": 7})
     runs = [report.load()["cpu"]["runs"][0] | {"gpu": {"name": "H0", "cuda": "1"}}]
     makers = [make for device, make in report.TABLES.values() if device == "gpu"]
     for make in makers:
@@ -507,10 +549,10 @@ def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
         for row in rows:
             make({"rows": [row], "runs": runs})
     found = report.summary({"rows": rows, "runs": runs})
-    assert "gpu-tests: 1,234 passed, 5 failed." in found
+    assert "CUDA tests: 1,234 passed, 5 failed, 7 skipped." in found
     assert found.count("| H0 |") == 1
     assert found.count(" µs |") == 6
-    assert found.count(" ms |") == 2
+    assert found.count(" ms |") == 4
 
 
 @pytest.mark.parametrize("page", ["benchmarks/README.md", "README.md"])
