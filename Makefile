@@ -48,7 +48,7 @@ test: build
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# The support matrix of README.md; REPORTS=... adds reports of other versions of torch.
+# The support matrix of README.md; REPORTS=... adds reports of other versions of torch, and of a machine with a GPU.
 support: build
 	$(BIN)/python -m pytest tests --junitxml=build/tests.xml
 	$(BIN)/python tests/support.py README.md build/tests.xml $(REPORTS)

@@ -2,10 +2,11 @@
 """The support matrix of README.md, from what the tests ran.
 
     pytest tests --junitxml=REPORT.xml
-    python tests/support.py README.md REPORT.xml [REPORT.xml of another torch ...]
+    python tests/support.py README.md REPORT.xml [REPORT.xml ...]
 
-A name stands in a row with the number of tests that passed with it, in the first report; where all
-were skipped, as "not run".
+Reports of one torch, such as those of a machine without a GPU and of one with it, are one: a test
+passed if it did in one of them. A name stands in a row with the number of tests that passed with it
+under the first torch; where all were skipped, as "not run".
 """
 
 import re
@@ -40,6 +41,8 @@ def read(report):
     """(torch's version, [(file, test, whether it passed)], number passed)"""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
+    if "torch" not in properties:
+        sys.exit(f"support: {report} does not say which torch (pytest-xdist drops that): add it")
     tests = []
     for case in suite.iter("testcase"):
         bad = {"failure", "error"} & {child.tag for child in case}
@@ -50,7 +53,21 @@ def read(report):
     return properties["torch"], tests
 
 
+def joined(reports):
+    """The same with one for each torch."""
+    by_torch = defaultdict(dict)
+    for torch, tests in reports:
+        of = by_torch[torch]
+        for file, name, has_passed in tests:
+            of[file, name] = of.get((file, name), False) or has_passed
+    return [
+        (torch, [(*test, has_passed) for test, has_passed in of.items()])
+        for torch, of in by_torch.items()
+    ]
+
+
 def table(reports):
+    reports = joined(reports)
     passed, seen = defaultdict(Counter), defaultdict(dict)
     for file, name, has_passed in reports[0][1]:
         for row, (wanted, pattern) in ROWS.items():
