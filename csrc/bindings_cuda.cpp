@@ -37,9 +37,9 @@ void* current_stream(const Tensor& tensor) {
 // Memory for sums over blocks, its tickets zero. Each stream has a slot, which serves all launches
 // there, one after the other; so has each capture of a stream, since its graph may be replayed
 // beside anything. A slot is never given back: a graph may live as long as the process, and at exit
-// the CUDA context may be gone before it. Slots are made outside of captures, whose memory is the
-// graph's. Where none is left, and for cudaStreamPerThread, one handle for a stream in each thread,
-// the launch gets memory of its own, zeroed on its stream.
+// the CUDA context may be gone before it. Slots for captures are made outside of them, where memory
+// would be the graph's. Where none is left, and for cudaStreamPerThread, one handle for a stream in
+// each thread, a launch gets memory of its own, zeroed on its stream.
 Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
   constexpr size_t kMostSlots = 64, kMadeAtOnce = 8;  // of a device
   struct Slots {
@@ -57,13 +57,16 @@ Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   Slots& slots = devices[reference.get_device_index()];
   const auto key = std::make_pair(stream, capture);
-  const auto found = slots.used.find(key);
-  if (found != slots.used.end()) return found->second;
-  if (slots.spare.empty() && capture == 0 && slots.used.size() < kMostSlots) {
+  if (capture == 0 && slots.spare.empty() && slots.used.size() < kMostSlots) {
     for (size_t i = 0; i < kMadeAtOnce; ++i) slots.spare.push_back(make(kMaxWorkspaceBytes));
     check_cuda(synchronize(stream));  // other streams find them zeroed
   }
-  if (slots.spare.empty()) return make(bytes);
+  const auto found = slots.used.find(key);
+  if (found != slots.used.end()) return found->second;
+  if (slots.spare.empty()) {
+    if (capture != 0) return make(bytes);
+    slots.spare.push_back(make(kMaxWorkspaceBytes));
+  }
   const Tensor slot = slots.spare.back();
   slots.spare.pop_back();
   return slots.used.emplace(key, slot).first->second;

@@ -813,6 +813,31 @@ def test_cuda_graph_replay_equals_eager(gate):
 
 
 @pytest.mark.cuda
+def test_any_number_of_captures_replay_as_eager():
+    """More than have memory of their own from before the capture (csrc/bindings_cuda.cpp)."""
+    h, x, logit, grad = Case(4, 20, 64, 1, 10, device=torch.device("cuda")).inputs()
+    logit.requires_grad_()
+
+    def step():
+        out = gp.prompt_gate_(h * 1, x, logit, 1, 10, "mix")
+        return torch.autograd.grad(out, logit, grad)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = step()
+    torch.cuda.synchronize()
+    graphs, captured = [torch.cuda.CUDAGraph() for _ in range(100)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            captured.append(step())
+    for _ in range(2):
+        for graph, gradient in zip(graphs, captured, strict=True):
+            graph.replay()
+            assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("gate", GATES)
 def test_side_stream_follows_its_own_order(gate):
     h, x, *of_gate, _ = Case(8, 60, 384, 1, 50, gate=gate, device=torch.device("cuda")).inputs()
