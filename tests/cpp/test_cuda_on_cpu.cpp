@@ -22,7 +22,12 @@ constexpr struct {
     {{{1, 3, 500 * 1024}, odd, compact}, kKinds[3]},
     {{{kFewBlocks + 5, 2, 40}, sequence, compact}, kKinds[7]},  // segments
     {{{66000, 1, 2}, compact, compact}, kKinds[6]},             // one block for each sample
-    {{{40, 9, 800}, sequence, compact}, kKinds[0]},             // several packs a thread
+    // several packs a thread, or rows a warp, the next one loaded before the last one is used
+    {{{600, 2, 40}, sequence, compact}, kKinds[0]},
+    {{{70, 9, 800}, sequence, compact}, kKinds[1]},
+    {{{kFewBlocks + 40, 3, 40}, sequence, compact}, kKinds[2]},
+    {{{300, 9, 33}, sequence, compact}, kKinds[3]},
+    {{{1000, 9, 40}, sequence, compact}, kKinds[4]},
 };
 std::vector<unsigned> seeds = {0, 1, 2, 3};  // orders of threads and blocks
 
