@@ -129,7 +129,7 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   bytes += logits * item_size(p.logit.dtype) * (backward && save ? 2 : 1);
   pybind11::dict info;
   info["grid"] = pybind11::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
-  info["block"] = plan.mapping == Mapping::kPacks && !backward ? kForwardThreads : kThreads;
+  info["block"] = plan.threads;
   info["vector_width"] = plan.vector;
   info["bytes_moved"] = bytes;
   return info;

@@ -643,7 +643,7 @@ int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, voi
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y),
                         static_cast<unsigned>(plan.grid_z));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.stream = stream;
   constexpr int kNarrowest = sizeof(H) < sizeof(X) ? sizeof(H) : sizeof(X);
   constexpr bool kIsWidest = kVector == 16 / kNarrowest;
@@ -651,8 +651,7 @@ int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, voi
   auto* const tickets = static_cast<unsigned*>(workspace);
   void* const partials =
       workspace == nullptr ? nullptr : static_cast<char*>(workspace) + kTicketBytes;
-  if (plan.mapping == Mapping::kPacks)
-    config.blockDim = dim3(backward ? kThreads : kForwardThreads);
+  const bool streamed = segments_of(p).streamed;
   if (p.weight.data != nullptr) {
     cudaLaunchKernelEx(&config, prompt_gate_linear_token_fwd_kernel<H, X, kVector>, p, plan);
   } else if (plan.mapping == Mapping::kPacks && !backward) {
@@ -675,13 +674,13 @@ int launch(const PromptGateParams& p, const LaunchPlan& plan, bool backward, voi
                        static_cast<double*>(partials));
   } else if (!backward) {
     cudaLaunchKernelEx(&config,
-                       p.by_sample && p.by_row ? prompt_gate_strip_fwd_kernel<H, X, kVector, true>
-                                               : prompt_gate_strip_fwd_kernel<H, X, kVector, false>,
+                       streamed ? prompt_gate_strip_fwd_kernel<H, X, kVector, true>
+                                : prompt_gate_strip_fwd_kernel<H, X, kVector, false>,
                        p, plan);
   } else {
     cudaLaunchKernelEx(&config,
-                       p.by_sample && p.by_row ? prompt_gate_strip_bwd_kernel<H, X, kVector, true>
-                                               : prompt_gate_strip_bwd_kernel<H, X, kVector, false>,
+                       streamed ? prompt_gate_strip_bwd_kernel<H, X, kVector, true>
+                                : prompt_gate_strip_bwd_kernel<H, X, kVector, false>,
                        p, plan, tickets, static_cast<compute_t<H>*>(partials));
   }
   return static_cast<int>(cudaGetLastError());

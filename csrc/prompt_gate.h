@@ -192,6 +192,7 @@ inline Mapping mapping_of(const PromptGateParams& p, bool backward) {
 
 struct LaunchPlan {
   Mapping mapping;
+  int threads;     // of a block
   int64_t grid_x;  // blocks over packs of a sample; over samples (kPrompts); over rows of a segment
   int64_t grid_y;  // over samples; over prompts, kWarps a block (kPrompts); over segments (kStrips)
   int64_t grid_z;  // over strips
@@ -240,6 +241,7 @@ GP_INDEX int64_t ceil_div(int64_t a, int64_t b) {
 inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
   LaunchPlan plan{};
   plan.mapping = mapping_of(p, backward);
+  plan.threads = plan.mapping == Mapping::kPacks && !backward ? kForwardThreads : kThreads;
   const bool one_run = rows_are_one_run(p);
   const int64_t narrowest = narrowest_item(p);
   plan.rows = one_run ? 1 : p.length;

@@ -287,7 +287,7 @@ Rows rows_of(const View& view, DType dtype) {
 // How often the loops of the kernels by packs come to each pack of each sample.
 std::vector<int> visits_of(const PromptGateParams& p, const LaunchPlan& plan, bool backward) {
   const int64_t packs = plan.rows * plan.packs_per_row;
-  const int64_t threads = backward ? kThreads : kForwardThreads;
+  const int64_t threads = plan.threads;
   const int64_t stage = backward ? 1 : kPacksInFlight;
   std::vector<int> visits(static_cast<size_t>(p.batch * packs));
   for (int64_t block = 0; block < plan.grid_x; ++block) {
@@ -393,11 +393,12 @@ void test_plan() {
   // positions beyond 2^31 and 2^32 elements: by the stride, by the run, by a row
   const int64_t big = (int64_t{1} << 33) + 8;
   const Rows wide = rows_of(at256({0, big, 1, 0}), half), run = rows_of(at256({0, 8, 1, 0}), half);
-  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big, "row stride");
-  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8,
+  CHECK(pack_offset({Mapping::kPacks, kThreads, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big,
+        "row stride");
+  CHECK(pack_offset({Mapping::kPacks, kThreads, 1, 1, 1, 8, 1, big}, run, big - 1) == (big - 1) * 8,
         "one run");
-  CHECK(pack_offset({Mapping::kPacks, 1, 1, 1, 8, 2, big}, rows_of(at256({0, 9 * big, 1, 0}), half),
-                    big + 5) == 9 * big + 40,
+  CHECK(pack_offset({Mapping::kPacks, kThreads, 1, 1, 1, 8, 2, big},
+                    rows_of(at256({0, 9 * big, 1, 0}), half), big + 5) == 9 * big + 40,
         "64-bit division");
   PromptGateParams many{};
   many.batch = big, many.length = 3;
