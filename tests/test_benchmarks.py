@@ -31,8 +31,11 @@ import guard
 import harness
 import host
 import peers
+import raw_ops
 import report
 import shapes
+
+from gated_prompt import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"device": "cpu", "batch": 2, "model": "ViT-S/16", "pixels": 32, "prompts": 3}
@@ -326,6 +329,27 @@ def test_a_device_copy_is_of_whole_64_kib():
     for which, size in copied.sizes.items():
         assert size % 2**16 == 0
         assert 2 * size >= gates.bytes_moved(copied.case)[which]
+
+
+@pytest.mark.parametrize("gate", raw_ops.LOGITS)
+def test_raw_ops_are_those_of_the_gate(gate):
+    case = shapes.Case(**SMALL)
+    work, rows = raw_ops.RawOps(case, gate), slice(case.start, case.start + case.prompts)
+    work.prepare()
+    work.infer()
+    work.prepare()
+    work.forward()
+    leaves = [t.double().requires_grad_() for t in (work.sequence, work.xs[-1], work.logit)]
+    wanted = reference.prompt_gate(*leaves, case.start, case.prompts, "mix")
+    torch.testing.assert_close(work.inferred, wanted.float())
+    gradient = work.sequences[-1].double()
+    gradient[:, rows] += work.xs[-1]
+    exact = torch.autograd.grad(wanted, leaves, gradient)
+    work.backward()
+    found = work.sequences[-1], *work.gradients[-1][:2]
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+    assert len(work.gradients) == len(work.saved) == work.calls
 
 
 # ---- what a run leaves ----
