@@ -1,4 +1,5 @@
-# make demo | test | support | fuzz | opcheck | coverage | bench | gpu | report | guard | resources | lint | format | clean
+# make demo | test | support | fuzz | opcheck | coverage | bench | gpu | gpu-more | rehearsal | report | guard | resources
+# | lint | format | clean
 #
 # TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
 # PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
@@ -19,8 +20,8 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # In continuous integration a warning is an error; with a user's compiler it is not.
 export GATED_PROMPT_WERROR ?= $(CI)
 
-.PHONY: demo test support fuzz opcheck opcheck-newest coverage bench gpu report guard resources lint format clean build
-.PHONY: gpu-build gpu-tests gpu-op gpu-chain gpu-step gpu-compiled gpu-attention
+.PHONY: demo test support fuzz opcheck opcheck-newest coverage bench gpu gpu-more rehearsal report guard resources
+.PHONY: lint format clean build
 .DELETE_ON_ERROR:
 
 # The environment: torch as chosen, then everything else held to it. Made anew where TORCH changes.
@@ -31,7 +32,7 @@ $(CHOSEN): pyproject.toml
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
 	$(PIP) --constraint $(VENV)/constraints.txt "setuptools>=77,<82" wheel ninja pybind11 cmake \
 	  timm torchmetrics tyro rich scikit-learn matplotlib tensorboard nvtx \
-	  numpy pytest pytest-benchmark hypothesis ruff==0.17.6 clang-format==23.1.5
+	  numpy pytest pytest-benchmark pytest-xdist pytest-timeout hypothesis ruff==0.17.6 clang-format==23.1.5
 	touch $@
 
 # In place, so that tests and demo run the source tree and a second build compiles what changed.
@@ -48,10 +49,11 @@ test: build
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# The support matrix of README.md; REPORTS=... adds reports of other versions of torch, and of a machine with a GPU.
+# The support matrix of README.md; REPORTS=... adds those of other versions of torch.
 support: build
-	$(BIN)/python -m pytest tests --junitxml=build/tests.xml
-	$(BIN)/python tests/support.py README.md build/tests.xml $(REPORTS)
+	rm -f build/tests.jsonl
+	$(BIN)/python -m pytest tests --rows build/tests.jsonl
+	$(BIN)/python tests/support.py README.md build/tests.jsonl $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
 
 # Random cases beside the reference, FUZZ_CASES of them.
 fuzz: build
@@ -89,45 +91,25 @@ coverage: $(CHOSEN)
 GCOVR = --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
   --gcov-ignore-parse-errors=negative_hits.warn_once_per_file
 
-# The quick form, on the CPU; BENCH=... are flags of benchmarks/shapes.py, or --deadline. peft: for the rows of LoRA.
+# The quick form, on the CPU; BENCH=... are flags of the benchmarks. peft: for the rows of LoRA.
 bench: build
 	$(PIP) --constraint $(VENV)/constraints.txt peft
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k "cpu and not cuda" $(BENCH) --benchmark-json=$(RESULTS)/cpu.json
+	rm -f $(RESULTS)/cpu.jsonl
+	$(BIN)/python -m pytest benchmarks --benchmark-only --device cpu --rows $(RESULTS)/cpu.jsonl $(BENCH)
 
-# On a machine with a GPU, with the packages that are there: build, CUDA tests, benchmarks. Each part is to fit ten
-# minutes, and leaves a file of its own in $(RESULTS), which `make report` reads as one; one that fails stops no other.
-# GATED_PROMPT_COMMIT says which commit it is, where there is no .git.
-gpu:
-	$(MAKE) --keep-going gpu-tests gpu-op gpu-chain gpu-step gpu-compiled gpu-attention
+# On a machine with a GPU, with the packages that are there and those of the folder WHEELS: build, tests, sanitizers,
+# goals (docs/gpu.md). GPU=... are flags of benchmarks/gpu.py; gpu-more goes on where gpu stopped.
+gpu: GPU += --seconds 540
+gpu-more: GPU += --more --seconds 230
+gpu gpu-more:
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl)
+	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) $(GPU)
 
-# Without a GPU, or without kernels for it, all CUDA tests would skip, and that would look like success.
-gpu-build:
-	mkdir -p $(RESULTS)
-	FORCE_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=tests $(PYTHON) -c "from conftest import CUDA_SKIP_REASON; raise SystemExit(CUDA_SKIP_REASON)"
-
-flag_if = $(shell $(PYTHON) -c "import $(1)" 2>/dev/null && printf '%s' '$(2)')
-gpu-tests: gpu-build
-	$(PYTHON) -m pytest tests -m cuda $(call flag_if,xdist,-n 4) $(call flag_if,pytest_timeout,--timeout=180 --timeout-method=thread) \
-	  --junitxml=$(RESULTS)/$@.xml
-
-gpu_bench = $(PYTHON) -m pytest --benchmark-only -k "cuda and not cpu$(1)" $(BENCH) --benchmark-json=$(RESULTS)/$@.json
-# The gate alone, under the limits of the machine; in a chain, and the linear ones; steps; compiled steps; attention.
-gpu-op: gpu-build
-	$(call gpu_bench, and not chain) benchmarks/bench_limits.py benchmarks/bench_prompt_gate.py
-
-gpu-chain: gpu-build
-	$(call gpu_bench, and (chain or linear)) benchmarks/bench_prompt_gate.py benchmarks/bench_prompt_gate_linear.py
-
-gpu-step: gpu-build
-	$(call gpu_bench, and not compiled) benchmarks/bench_vit.py
-
-gpu-compiled: gpu-build
-	$(call gpu_bench, and compiled) benchmarks/bench_vit.py
-
-gpu-attention: gpu-build
-	$(call gpu_bench) benchmarks/bench_attention.py
+# The same parts without a GPU: on the CPU, tiny.
+rehearsal: build
+	$(BIN)/python benchmarks/gpu.py --rehearse --most 30 --workers 2 --tests tests/test_scaled_dot.py \
+	  --results build/rehearsal $(GPU)
 
 # Tables and plots of benchmarks/README.md and README.md from benchmarks/results, and docs/counts.md.
 report: build

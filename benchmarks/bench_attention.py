@@ -160,7 +160,8 @@ def pytest_generate_tests(metafunc):
         for what, peer in ROWS
         if case.device == "cpu" or "compiled" not in peer or metafunc.config.getoption("all_peers")
     ]
-    metafunc.parametrize(("device", "case", "what", "peer"), rows, indirect=["device"], ids=str)
+    arguments = ("device", "case", "what", "peer")
+    metafunc.parametrize(arguments, rows, indirect=["device", "case"], ids=str)
 
 
 @functools.lru_cache(maxsize=2)
@@ -168,9 +169,14 @@ def make(case, what, peer):
     return WORKS[what](case, peer)
 
 
+def names(case, what, which, peer):
+    """Of a row."""
+    return {"suite": "attention", "case": case.shape, "how": what, "which": which, "peer": peer}
+
+
 @pytest.mark.parametrize("which", PASSES)
 def test_attention(benchmark, device, case, what, peer, which):
-    label(benchmark, suite="attention", case=case.shape, how=what, which=which, peer=peer)
+    label(benchmark, **names(case, what, which, peer))
     if "xformers" in peer and unavailable_reason("xformers"):
         pytest.skip(unavailable_reason("xformers"))
     rival = RIVALS[what] + ", compiled" * peer.endswith(", compiled")

@@ -83,7 +83,7 @@ WORKS = {"copy": Copy, "GEMM": Gemm, "call": Call}
 
 def pytest_generate_tests(metafunc):
     cases = [(c.device, c) for c in chosen(metafunc.config, "limits")]
-    metafunc.parametrize(("device", "case"), cases, indirect=["device"], ids=str)
+    metafunc.parametrize(("device", "case"), cases, indirect=True, ids=str)
 
 
 def names(case, what):

@@ -90,7 +90,7 @@ def by_default(case, how, peer):
 def parametrize(metafunc, suite):
     names = ("device", "case", "how", "peer", "which")
     found = list(rows(metafunc.config, suite))
-    metafunc.parametrize(names, found, indirect=["device"], ids=str)
+    metafunc.parametrize(names, found, indirect=["device", "case"], ids=str)
 
 
 def pytest_generate_tests(metafunc):
@@ -103,7 +103,7 @@ def make(case, how, peer):
         work = {"device copy": Copy, "bare GEMMs": Gemms}[peer](case)
     else:
         work = (Chain if "chain" in how else Alone)(case, peer)
-    return Graphed(work) if "graph" in how else work
+    return Graphed(work) if "graph" in how and case.device == "cuda" else work
 
 
 def rival_of(how, peer):
@@ -120,6 +120,8 @@ def names(case, how, peer, which):
 
 def test_prompt_gate(request, benchmark, device, case, how, peer, which):
     label(benchmark, **names(case, how, peer, which))
+    if peer.startswith("triton") and device == "cpu":
+        pytest.skip("Triton needs a GPU")
     rival, work = make(case, how, rival_of(how, peer)), make(case, how, peer)
     is_linear = case.gate.startswith("linear")  # its GEMM has kept the rows as they were
     if peer.startswith("slice assignment,") and "alone" in how and not is_linear:

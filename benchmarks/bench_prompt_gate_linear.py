@@ -7,7 +7,7 @@ one with bias forward, two backward.
 What the rows are: bench_prompt_gate.py. gb_per_s leaves weights and GEMMs out.
 """
 
-from bench_prompt_gate import parametrize, test_prompt_gate
+from bench_prompt_gate import names, parametrize, test_prompt_gate  # noqa: F401
 from harness import timed_here
 
 test_prompt_gate_linear = test_prompt_gate

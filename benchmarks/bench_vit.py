@@ -132,7 +132,7 @@ def rival_of(case, mode, how):
 def make_work(case, mode, name, how):
     gc.collect()  # models are reference cycles
     work = Model(case, mode, name, how)
-    return Graphed(work) if how == ", graph" else work
+    return Graphed(work) if how == ", graph" and work.device == "cuda" else work
 
 
 def rows(config):
@@ -179,7 +179,8 @@ def attention_of(case, peer):
 
 def pytest_generate_tests(metafunc):
     arguments = ("device", "case", "mode", "how", "peer")
-    metafunc.parametrize(arguments, list(rows(metafunc.config)), indirect=["device"], ids=str)
+    of_device = ["device", "case"]
+    metafunc.parametrize(arguments, list(rows(metafunc.config)), indirect=of_device, ids=str)
 
 
 def test_vit(benchmark, device, case, mode, how, peer):

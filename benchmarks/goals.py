@@ -195,6 +195,15 @@ GOALS = sorted(
 )
 
 
+def asked_for(ids):
+    """Names of the rows that the goals with these ids need."""
+    unknown = set(ids) - {goal.id for goal in GOALS}
+    if unknown:
+        raise ValueError(f"--goals: wanted some of G1 to {GOALS[-1].id}, got {sorted(unknown)}")
+    of_ids = [goal for goal in GOALS if goal.id in ids]
+    return [row for goal in of_ids for row in (goal.of, goal.over) if row]
+
+
 def figure(name, row):
     """[low, middle, high] of a row."""
     if name in ("gb_per_s", "tflop_per_s"):

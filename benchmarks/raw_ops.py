@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels by themselves: raw ops in CUDA graphs, beside copies in the same process.
 
-    python benchmarks/raw_ops.py [--gates scalar,channel] [--sizes 64x50,256x50]
+    python benchmarks/raw_ops.py [--gates scalar,channel] [--sizes 64x50,256x50] [--once]
 
 For work on kernels: it needs neither timm nor Triton and compiles nothing, so it takes seconds,
 and many variants can be compared while a GPU is at hand (docs/optimisation-log.md). Sizes are batch
 x prompts, of ViT-B/16 at 224 px in bfloat16, rule mix. Forward saves what backward needs (4P);
 backward has a second carrier (5P). A line has, for each pass, the median of microseconds a call,
-and the bytes over that time as a fraction of a copy of 1 GiB.
+and the bytes over that time as a fraction of a copy of 1 GiB. --once runs each kernel without a
+graph, twice, and times nothing: for ncu.
 """
 
 import argparse
-import dataclasses
+import functools
 import statistics
 
 import bench_limits
@@ -75,27 +76,53 @@ def main():
     parser.add_argument(
         "--sizes", default="64x50,256x50,256x200", help="batch x prompts, by commas"
     )
+    parser.add_argument("--once", action="store_true", help="run, time nothing: for ncu")
+    parser.add_argument("--device", choices=("cuda", "toy"), default="cuda", help="as in shapes.py")
     options = parser.parse_args()
-    if not torch.cuda.is_available() or ops.cuda_unavailable_reason is not None:
-        raise SystemExit(f"raw_ops: needs a GPU: {ops.cuda_unavailable_reason or 'none is here'}")
-    case = Case("cuda", 64, dtype="bfloat16")
-    large = bench_limits.Copy(case, "copy")
+    is_toy = options.device == "toy"
+    reason = None if torch.cuda.is_available() else "none is here"
+    if not is_toy and (reason or ops.cuda_unavailable_reason):
+        raise SystemExit(f"raw_ops: needs a GPU: {reason or ops.cuda_unavailable_reason}")
+    makers = {gate: functools.partial(RawOps, gate=gate) for gate in options.gates.split(",")}
+    for batch, prompts in (size.split("x") for size in options.sizes.split(",")):
+        case = Case("cuda", int(batch), prompts=int(prompts), dtype="bfloat16")
+        case = case.toy() if is_toy else case
+        if options.once:
+            RawOps.calls = 1
+            once([make(case) for make in makers.values()])
+        else:
+            compare(case, {"copy": gates.Copy, **makers})
+
+
+def once(works):
+    for work in 2 * works:
+        work.prepare()
+        work.forward()
+        work.backward()
+
+
+@functools.cache
+def rate_of_a_copy(device):
+    """GB/s of a large one."""
+    large = bench_limits.Copy(Case(device, 64, dtype="bfloat16"), "copy")
     rate = large.rate(median(large, "forward"))["gb_per_s"]
-    print(f"{torch.cuda.get_device_name()}, copy {rate / 1e3:.3f} TB/s", flush=True)
-    for size in options.sizes.split(","):
-        batch, prompts = map(int, size.split("x"))
-        case = dataclasses.replace(case, batch=batch, prompts=prompts)
-        rows_bytes = batch * prompts * case.size[2] * case.torch_dtype.itemsize
-        makers = {"copy": gates.Copy}
-        makers |= {gate: lambda c, gate=gate: RawOps(c, gate) for gate in options.gates.split(",")}
-        for name, make in makers.items():
-            work = Graphed(make(case))
-            line = f"B{batch} P{prompts} {name:14}"
-            for which, times in PASSES.items():
-                found = median(work, which)
-                share = times * rows_bytes / found / 1e9 / rate
-                line += f" {which} {1e6 * found:8.2f} us {share:.3f}  "
-            print(line, flush=True)
+    name = torch.cuda.get_device_name() if device == "cuda" else "toy, CPU"
+    print(f"{name}, copy {rate / 1e3:.3f} TB/s", flush=True)
+    return rate
+
+
+def compare(case, makers):
+    rate = rate_of_a_copy(case.device)
+    batch, _, dim = case.size
+    rows_bytes = batch * case.prompts * dim * case.torch_dtype.itemsize
+    for name, make in makers.items():
+        work = Graphed(make(case)) if case.device == "cuda" else make(case)
+        line = f"B{batch} P{case.prompts} {name:14}"
+        for which, times in PASSES.items():
+            found = median(work, which)
+            share = times * rows_bytes / found / 1e9 / rate
+            line += f" {which} {1e6 * found:8.2f} us {share:.3f}  "
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

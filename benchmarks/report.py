@@ -5,8 +5,7 @@
 
 A page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
 function NAME of TABLES makes of the results, and plots go beside the results, as PNG. Where a
-result is not there, the table says that it was not measured. The runs of one device, cpu*.json or
-gpu*.json, are one result; of a row that is in several, the file that comes last by name counts.
+result is not there, the table says that it was not measured.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import goals
 import matplotlib.pyplot as plt
@@ -23,44 +21,13 @@ from counts import gate_bytes
 from goals import NOT_MEASURED
 from harness import TRAINING
 from peers import TWO_CARRIERS
+from rows import RESULTS, load, machine
 from shapes import Case
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 DEVICES = ("cpu", "gpu")
-NAMES = ("suite", "case", "how", "which", "peer")
 OURS = "gated_prompt, carrier"
 LONGEST = 8  # bars are cut there, and say what they are
-
-
-def load(folder=RESULTS):
-    """{device: result}, the rows of all its runs together; runs: these, without their rows."""
-    results = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
-        run = json.loads(path.read_text())
-        device, found = path.stem[:3], run.pop("rows")
-        result = results.setdefault(device, {"rows": [], "runs": []})
-        if any(machine(device, run) != machine(device, other) for other in result["runs"]):
-            raise SystemExit(f"{path}: of {machine(device, run)}, other runs of another machine")
-        by_name = {tuple(map(row.get, NAMES)): row for row in result["rows"] + found}
-        result["rows"] = list(by_name.values())
-        result["runs"].append(run)
-    for path in folder.glob("gpu-tests*.xml"):
-        suite = next(ElementTree.parse(path).iter("testsuite"))
-        count = {
-            name: int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors")
-        }
-        row = {"suite": "tests", "peer": path.stem, "failed": count["failures"] + count["errors"]}
-        row["skipped"] = count["skipped"]
-        row["passed"] = count["tests"] - count["skipped"] - row["failed"]
-        if count["tests"] > count["skipped"] and "gpu" in results:
-            results["gpu"]["rows"].append(row)
-    return results
-
-
-def machine(device, run):
-    """What must be one for rows to be held against each other; a GPU is rented with any CPU."""
-    return run["cpu"] if device == "cpu" else (run.get("gpu") or {}).get("name"), run["torch"]
 
 
 def rows(result, **wanted):
@@ -100,7 +67,10 @@ def where(result):
     """What ran, where and how."""
     if not result:
         return NOT_MEASURED
-    return "\n\n".join(map(_where, result["runs"]))
+    commands = {}
+    for run in result["runs"]:
+        commands.setdefault(_where(run), []).append(f"`{run['command']}`")
+    return "\n\n".join(f"{', '.join(of)}: {place}" for place, of in commands.items())
 
 
 def _where(run):
@@ -110,7 +80,7 @@ def _where(run):
         name, driver = (gpu.get(key, "unknown") for key in ("name", "driver_version"))
         place = f"{name}, driver {driver}, CUDA {gpu['cuda']}; {place}"
     return (
-        f"`{run['command']}`: {place} ({build['cpu_instructions']}); torch {run['torch']}, "
+        f"{place} ({build['cpu_instructions']}); torch {run['torch']}, "
         f"Python {run['python']}, g++ {build['compiler']}; commit {run['commit'][:7]}"
         f"{'+' * run['commit'].endswith('+')}."
     )
@@ -254,6 +224,9 @@ def summary(result):
     for row in rows(result, suite="tests"):
         skipped = f", {row['skipped']:,} skipped" if row["skipped"] else ""
         parts.append(f"CUDA tests: {row['passed']:,} passed, {row['failed']:,} failed{skipped}.")
+    checks = [part for name, part in result["parts"].items() if name.endswith("check")]
+    says = (f"{part['part']} {part['says'].partition('SUMMARY: ')[2]}" for part in checks)
+    parts += [f"compute-sanitizer: {', '.join(says)}."] if checks else []
     return "\n\n".join(parts)
 
 

@@ -3,7 +3,8 @@
 
 Without flags each suite runs its QUICK cases. With any of --models, --pixels, --batches, --prompts,
 --gates, --rules and --dtypes (values by commas, or "all") it runs their product; an axis that is
-not named stays as in DEFAULT and Case.
+not named stays as in DEFAULT and Case. --device takes those of one device; "toy" those of CUDA, on
+the CPU and tiny: a rehearsal of a run on a GPU, whose figures mean nothing.
 """
 
 import dataclasses
@@ -63,6 +64,7 @@ class Case:
     gate: str = "scalar"
     rule: str = "mix"
     dtype: str = "float32"
+    stands_for: str = ""  # of a toy: the shape by which its row goes
 
     start = 1
 
@@ -71,7 +73,10 @@ class Case:
 
     @property
     def shape(self):
-        return f"{self.model} {self.pixels}px B{self.batch} P{self.prompts} {self.dtype}"
+        return (
+            self.stands_for
+            or f"{self.model} {self.pixels}px B{self.batch} P{self.prompts} {self.dtype}"
+        )
 
     @property
     def size(self):
@@ -82,6 +87,10 @@ class Case:
     @property
     def torch_dtype(self):
         return getattr(torch, self.dtype)
+
+    def toy(self):
+        tiny = {"device": "cpu", "batch": 2, "model": "ViT-S/16", "pixels": 32, "prompts": 3}
+        return dataclasses.replace(self, **tiny, stands_for=self.shape)
 
 
 def _cases(device, dtypes, *changes):
@@ -145,10 +154,18 @@ def add_options(parser):
         known = ", ".join(map(str, values))
         text = f"which {axis} to run, by commas, or all ({known}); numbers may be others"
         parser.addoption(FLAGS[axis], dest=axis, help=text)
+    text = "those of one device; toy: those of CUDA, tiny and on the CPU"
+    parser.addoption("--device", choices=("cpu", "cuda", "toy"), help=text)
 
 
 def chosen(config, suite):
     """The cases of a suite: the QUICK ones, or the product of what the flags name."""
+    device = config.getoption("device")
+    wanted = {None: DEFAULT, "toy": ["cuda"]}.get(device, [device])
+    return [case for case in _of_any_device(config, suite) if case.device in wanted]
+
+
+def _of_any_device(config, suite):
     named = {axis: config.getoption(axis) for axis in AXES if config.getoption(axis)}
     if not named:
         return QUICK[suite]

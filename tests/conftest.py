@@ -34,11 +34,6 @@ def _full_precision():
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _which_torch(record_testsuite_property):
-    record_testsuite_property("torch", torch.__version__)  # for tests/support.py
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return torch.device(request.param)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The support matrix of README.md, from what the tests ran.
 
-    pytest tests --junitxml=REPORT.xml
-    python tests/support.py README.md REPORT.xml [REPORT.xml ...]
+    pytest tests --rows REPORT.jsonl
+    python tests/support.py README.md REPORT.jsonl [REPORT.jsonl ...]
 
 Reports of one torch, such as those of a machine without a GPU and of one with it, are one: a test
 passed if it did in one of them. A name stands in a row with the number of tests that passed with it
 under the first torch; where all were skipped, as "not run".
 """
 
+import json
 import re
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -38,19 +38,17 @@ START, END = "<!-- support matrix: make support -->", "<!-- end of the support m
 
 
 def read(report):
-    """(torch's version, [(file, test, whether it passed)], number passed)"""
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
-    if "torch" not in properties:
-        sys.exit(f"support: {report} does not say which torch (pytest-xdist drops that): add it")
-    tests = []
-    for case in suite.iter("testcase"):
-        bad = {"failure", "error"} & {child.tag for child in case}
-        if bad:
-            sys.exit(f"support: {case.get('name')} has failed in {report}")
-        is_skipped = case.find("skipped") is not None
-        tests.append((case.get("classname").split(".")[1], case.get("name"), not is_skipped))
-    return properties["torch"], tests
+    """[(torch's version, [(file, test, whether it passed)])], one for each run in the file"""
+    runs = []
+    for row in map(json.loads, report.read_text().splitlines()):
+        if "command" in row:
+            runs.append((row["torch"], []))
+        elif row.get("id", "").startswith("tests/"):
+            if row["outcome"] == "failed":
+                sys.exit(f"support: {row['id']} has failed in {report}")
+            path, _, name = row["id"].partition("::")
+            runs[-1][1].append((Path(path).stem, name, row["outcome"] == "passed"))
+    return [run for run in runs if run[1]]
 
 
 def joined(reports):
@@ -87,5 +85,5 @@ if __name__ == "__main__":
     readme, *reports = sys.argv[1:]
     text = Path(readme).read_text()
     before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
-    made = "\n".join(table([read(report) for report in reports]))
+    made = "\n".join(table([run for report in reports for run in read(Path(report))]))
     Path(readme).write_text(f"{before}\n{made}\n{after}")

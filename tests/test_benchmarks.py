@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from conftest import timm_or_skip
 
 pytest.importorskip("pytest_benchmark")
@@ -235,7 +235,7 @@ def test_flags_choose_the_product():
         for gate in ("scalar", "token")
     ]
     assert {c.dtype for c in found} == {"bfloat16"}
-    assert shapes.chosen(options(), "vit") is shapes.QUICK["vit"]
+    assert shapes.chosen(options(), "vit") == shapes.QUICK["vit"]
     named_none = shapes.chosen(options(prompts="9"), "vit")
     assert [(c.device, c.dtype) for c in named_none] == [("cpu", "float32"), ("cuda", "bfloat16")]
     linear = shapes.chosen(options(gate="all"), "prompt_gate_linear")
@@ -245,7 +245,7 @@ def test_flags_choose_the_product():
 
 
 def test_benchmarks_collect_and_skip_without_a_gpu():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "cuda and not cpu", "-rs"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--device", "cuda", "-rs"]
     if torch.cuda.is_available():
         command.append("--collect-only")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -255,14 +255,22 @@ def test_benchmarks_collect_and_skip_without_a_gpu():
         assert " passed" not in done.stdout
 
 
-def test_after_the_deadline_rows_skip_and_the_run_ends_well(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_limits.py", "-q", "-k", "cpu"]
-    command += ["-rs", "--deadline", "0", f"--benchmark-json={tmp_path / 'none.json'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "out of time" in done.stdout
-    assert " passed" not in done.stdout
-    assert list(tmp_path.iterdir()) == []  # no rows, no file: nothing that a report stumbles over
+def test_goals_choose_their_rows_and_no_other():
+    for ids, number in (("G4", 5), ("G1,G2", 25)):
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--collect-only"]
+        command += ["--device", "cuda", "--goals", ids]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert f"{number}/" in done.stdout, done.stdout[-2000:]
+    with pytest.raises(ValueError, match=r"--goals: wanted some of G1 to G14, got \['G99'\]"):
+        goals.asked_for(["G99"])
+
+
+def test_a_toy_goes_by_the_name_of_what_it_stands_for():
+    case = shapes.Case("cuda", 64, dtype="bfloat16", gate="token")
+    toy = case.toy()
+    assert str(toy) == str(case)
+    assert (toy.device, toy.dtype, toy.gate) == ("cpu", "bfloat16", "token")
+    assert toy.size < case.size
 
 
 def quick_rows(device):
@@ -353,51 +361,6 @@ def test_raw_ops_are_those_of_the_gate(gate):
 
 
 # ---- what a run leaves ----
-
-
-@pytest.fixture(scope="module")
-def bench_conftest():
-    path = ROOT / "benchmarks" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("bench_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("fault", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 60)])
-def test_a_run_is_not_lost_where_git_and_nvidia_smi_fail(fault, bench_conftest, monkeypatch):
-    def run(*arguments, **options):
-        raise fault
-
-    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bench_conftest._commit() == "unknown"
-    assert bench_conftest._gpu() == {"cuda": torch.version.cuda}
-    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
-    assert bench_conftest._commit() == "abc"
-
-
-def test_a_copy_with_the_git_of_another_commit_is_told_its_own(bench_conftest, monkeypatch):
-    monkeypatch.setattr(bench_conftest, "_printed", lambda *command: "of another commit")
-    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
-    assert bench_conftest._commit() == "of another commit+"
-    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
-    assert bench_conftest._commit() == "abc"
-
-
-def test_a_field_that_nvidia_smi_refuses_is_left_out(bench_conftest, monkeypatch):
-    def run(command, **options):
-        is_known = "clocks.sm" not in command[1]
-        return SimpleNamespace(
-            returncode=not is_known, stdout="a\nb\n" if is_known else "Field ..."
-        )
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = bench_conftest._gpu()
-    assert "clocks.sm" not in found
-    assert found["name"] == found["clocks_event_reasons.active"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -535,23 +498,36 @@ def test_of_a_goal_for_any_shape_the_worst_counts():
 
 
 def test_runs_of_one_machine_are_one_result(tmp_path):
-    run = {"cpu": "a", "gpu": {"name": "b"}, "torch": "2"}
-    for name, cpu, rows in (
-        ("gpu-op", "a", [{"suite": "gate", "us": 1}, {"suite": "limits"}]),
-        ("gpu-op-2", "another", [{"suite": "gate", "us": 2}]),  # again, and it is rented
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps(run | {"cpu": cpu, "rows": rows}))
-    tests = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
-    (tmp_path / "gpu-tests.xml").write_text(tests)
+    run = {"command": "pytest", "cpu": "a", "gpu": {"name": "b"}, "torch": "2"}
+
+    def write(name, *lines):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def test(name, outcome):
+        return {"id": f"tests/{name}", "outcome": outcome}
+
+    write(
+        "gpu",
+        *(run, {"suite": "gate", "us": 1}, {"suite": "limits"}),
+        *(test("a", "failed"), test("b", "skipped"), test("c", "skipped"), test("d", "passed")),
+        *(run | {"cpu": "another"}, {"suite": "gate", "us": 2}),  # again, and it is rented
+        *(test("b", "passed"), test("d", "skipped")),
+        {"id": "benchmarks/x", "outcome": "skipped", "reason": "out of time"},
+    )
+    part = {"part": "memcheck", "outcome": "passed"}
+    write("gpu-parts", part)
     result = report.load(tmp_path)["gpu"]
     assert len(result["runs"]) == 2
     assert [row["suite"] for row in result["rows"]] == ["gate", "limits", "tests"]
     assert result["rows"][0]["us"] == 2
-    assert (result["rows"][-1]["failed"], result["rows"][-1]["passed"]) == (1, 6)
+    tests = {"suite": "tests", "peer": "tests", "passed": 2, "failed": 1, "skipped": 1}
+    assert result["rows"][-1] == tests
+    assert result["parts"] == {"memcheck": part}
+    write("cpu", run)
     for device, other in (("gpu", {"gpu": {"name": "c"}}), ("cpu", {"cpu": "another"})):
-        for name, changed in (("x", {}), ("y", other)):
-            path = tmp_path / f"{device}-{name}.json"
-            path.write_text(json.dumps(run | {"rows": []} | changed))
+        path = write(f"{device}-y", run | other)
         with pytest.raises(SystemExit, match="another machine"):
             report.load(tmp_path)
         path.unlink()
@@ -565,15 +541,18 @@ def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
     of_attention = {"suite": "attention", "case": "c", "how": "layer", "which": "backward"}
     names = [*quick_rows("cuda"), of_attention | {"peer": "timm"}]
     rows = [made_up(each, **figures) for each in names]
-    rows.append({"suite": "tests", "peer": "gpu-tests", "passed": 1234, "failed": 5, "skipped": 7})
+    rows.append({"suite": "tests", "peer": "tests", "passed": 1234, "failed": 5, "skipped": 7})
     runs = [report.load()["cpu"]["runs"][0] | {"gpu": {"name": "H0", "cuda": "1"}}]
+    racecheck = {"part": "racecheck", "says": "RACECHECK SUMMARY: 0 hazards"}
+    of_all = {"runs": runs, "parts": {"racecheck": racecheck}}
     makers = [make for device, make in report.TABLES.values() if device == "gpu"]
     for make in makers:
-        assert report.NOT_MEASURED not in make({"rows": rows, "runs": runs})
+        assert report.NOT_MEASURED not in make({"rows": rows, **of_all})
         for row in rows:
-            make({"rows": [row], "runs": runs})
-    found = report.summary({"rows": rows, "runs": runs})
+            make({"rows": [row], "runs": runs, "parts": {}})
+    found = report.summary({"rows": rows, **of_all})
     assert "CUDA tests: 1,234 passed, 5 failed, 7 skipped." in found
+    assert "compute-sanitizer: racecheck 0 hazards." in found
     assert found.count("| H0 |") == 1
     assert found.count(" µs |") == 6
     assert found.count(" ms |") == 4

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The support matrix, from made-up reports."""
 
+import json
+
 import pytest
 import support
 
@@ -22,8 +24,22 @@ def test_reports_of_one_torch_are_one():
     assert "| devices | cpu (2), cuda (not run) |" in support.table([without_gpu, other_torch])
 
 
-def test_a_report_without_torch_is_refused(tmp_path):
-    path = tmp_path / "x.xml"
-    path.write_text("<testsuites><testsuite/></testsuites>")
-    with pytest.raises(SystemExit, match="does not say which torch"):
+def test_a_report_has_a_run_for_each_torch_and_no_failure(tmp_path):
+    path = tmp_path / "x.jsonl"
+
+    def write(*rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def test(name, outcome):
+        return {"id": f"tests/test_a.py::{name}", "outcome": outcome}
+
+    runs = [{"command": "pytest", "torch": torch} for torch in ("2", "3", "4")]
+    passed, timed = test("test_x[1]", "passed"), {"suite": "gate", "outcome": "passed"}
+    write(runs[0], passed, runs[1], test("test_y", "skipped"), runs[2], timed)
+    assert support.read(path) == [
+        ("2", [("test_a", "test_x[1]", True)]),
+        ("3", [("test_a", "test_y", False)]),
+    ]
+    write(runs[0], test("test_x[1]", "failed"))
+    with pytest.raises(SystemExit, match=r"test_a.py::test_x\[1\] has failed"):
         support.read(path)

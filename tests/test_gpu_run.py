@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run in parts ends, and what it leaves: conftest.py and benchmarks/gpu.py."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
+
+spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
+root_conftest = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(root_conftest)
+
+HAS_WORKERS = importlib.util.find_spec("xdist") is not None
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A folder that pytest runs in as in this one: conftest.py and benchmarks."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = test_*.py bench_*.py\n")
+    (tmp_path / "benchmarks").mkdir()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        shutil.copy(path, tmp_path / "benchmarks")
+    return tmp_path
+
+
+def run_pytest(folder, *arguments, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"GATED_PROMPT_COMMIT": "c"} | environment
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def lines_of(path):
+    return list(map(json.loads, path.read_text().splitlines()))
+
+
+def outcomes(path):
+    """{name of a test: outcome}"""
+    return {row["id"].partition("::")[2]: row["outcome"] for row in lines_of(path) if "id" in row}
+
+
+FOUR = """
+import pytest
+def test_passes(): pass
+def test_fails(): assert False
+@pytest.mark.skip(reason="why")
+def test_skips(): pass
+@pytest.fixture
+def broken(): raise ValueError
+def test_has_no_fixture(broken): pass
+@pytest.mark.xfail(reason="known")
+def test_is_known(): assert False
+@pytest.fixture
+def breaks(): yield; raise ValueError
+def test_breaks_at_its_end(breaks): pass
+"""
+
+
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), id="workers")])
+def test_each_result_is_a_line(workers, copied):
+    if workers and not HAS_WORKERS:
+        pytest.skip("no pytest-xdist")
+    (copied / "test_four.py").write_text(FOUR)
+    run_pytest(copied, "test_four.py", "--rows", "x.jsonl", *workers)
+    begin, *rows = lines_of(copied / "x.jsonl")
+    assert begin["command"].startswith("pytest -q")
+    assert (begin["commit"], begin["torch"]) == ("c", torch.__version__)
+    assert {row["id"].partition("::")[2]: (row["outcome"], row.get("reason")) for row in rows} == {
+        "test_passes": ("passed", None),
+        "test_fails": ("failed", None),
+        "test_skips": ("skipped", "why"),
+        "test_has_no_fixture": ("failed", None),
+        "test_is_known": ("skipped", "known"),
+        "test_breaks_at_its_end": ("failed", None),
+    }
+
+
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), id="workers")])
+def test_the_rest_is_what_has_not_passed(workers, copied):
+    if workers and not HAS_WORKERS:
+        pytest.skip("no pytest-xdist")
+    (copied / "test_four.py").write_text(FOUR)
+    rows = copied / "x.jsonl"
+    arguments = ("test_four.py", "--rows", "x.jsonl", "--rest", *workers)
+    run_pytest(copied, *arguments, "--deadline", "-1")
+    assert set(outcomes(rows).values()) == {"skipped"}
+    assert sum(row.get("reason") == gpu.OUT_OF_TIME for row in lines_of(rows)) == 6
+    run_pytest(copied, *arguments)
+    assert sum(row.get("outcome") == "passed" for row in lines_of(rows)) == 1
+    if workers:  # they have the deadline; what is left out they choose as without them
+        return
+    for commit, is_again in (("c", False), ("another", True)):
+        before = len(lines_of(rows))
+        run_pytest(copied, *arguments, GATED_PROMPT_COMMIT=commit)
+        again = [row.get("id") for row in lines_of(rows)[before:]]
+        assert "test_four.py::test_fails" in again
+        assert ("test_four.py::test_passes" in again) == is_again
+
+
+TIMED = """
+import os, signal, time
+import pytest, torch
+from harness import timed_here, Work, label, race
+import shapes
+
+pytestmark = timed_here
+CASE = shapes.Case("cpu", 1)
+
+class Nothing(Work):
+    def forward(self): self.result = torch.zeros(())
+    def backward(self): pass
+    def verify(self): pass
+
+@pytest.mark.parametrize("index", range(3))
+def test_timed(benchmark, index):
+    if index == 2:
+        FAULT
+    label(benchmark, suite="gate", case=CASE, how="alone", which="forward", peer=str(index))
+    work = Nothing(CASE, "nothing")
+    race(benchmark, work, work, "forward", most=5)
+"""
+FAULTS = {
+    "hangs": "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)",
+    "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "hangs, with a limit": "time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_part_that_hangs_or_is_killed_keeps_its_rows(fault, copied, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", copied)
+    monkeypatch.setattr(gpu, "GRACE", 6 if "limit" in fault else 0)
+    monkeypatch.setattr(gpu, "UNTIL_KILLED", 1)
+    limit = ("--timeout", "3", "--timeout-method", "thread") if "limit" in fault else ()
+    if limit and importlib.util.find_spec("pytest_timeout") is None:
+        pytest.skip("no pytest-timeout")
+    for name, what in (("bad", FAULTS[fault]), ("good", "pass")):
+        (copied / "benchmarks" / f"bench_{name}.py").write_text(TIMED.replace("FAULT", what))
+    run = gpu.Run(SimpleNamespace(seconds=600, most=600, more=False, results=copied / "results"))
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rest")
+    pytest_ += ("--rows", str(run.rows), "--deadline", gpu.SECONDS, *limit)
+    parts = [
+        gpu.Part(name, 12, (*pytest_, f"benchmarks/bench_{name}.py")) for name in ("bad", "good")
+    ]
+    run.all([(part,) for part in parts])
+    ends = {line["part"]: line["outcome"] for line in lines_of(run.ends)}
+    assert ends["good"] == "passed"
+    assert ends["bad"] == ("failed" if fault in ("is killed", "hangs, with a limit") else "stopped")
+    found = [(row["id"], row["us"]) for row in lines_of(run.rows) if "us" in row]
+    assert [id.split("/")[1] for id, _ in found] == [
+        *(f"bench_bad.py::test_timed[{index}]" for index in range(2)),
+        *(f"bench_good.py::test_timed[{index}]" for index in range(3)),
+    ]
+    assert all(len(us) == 3 for _, us in found)
+    assert "======== bad: exit status" in run.log.read_text()
+
+
+def options(results, **changes):
+    return SimpleNamespace(**{
+        **{"rehearse": False, "built": False, "more": False, "timeout": 90, "workers": 2},
+        **{"seconds": 600, "most": 600, "tests": ["tests"], "results": results, **changes},
+    })  # fmt: skip
+
+
+def test_more_goes_on_from_results_that_are_read_only(tmp_path, capfd):
+    say = (sys.executable, "-c", "print('9 passed in 1 s')")
+    stages = [
+        (gpu.Part("good", 60, say), gpu.Part("lacking", 60, ("no-such-tool",))),
+        (gpu.Part("bad", 60, (sys.executable, "-c", "raise ValueError('why')")),),
+    ]
+    run = gpu.Run(options(tmp_path))
+    run.all(stages)
+    assert [(line["part"], line["outcome"], line["says"]) for line in lines_of(run.ends)] == [
+        ("lacking", "left out", "no no-such-tool here"),
+        ("good", "passed", "9 passed in 1 s"),
+        ("bad", "failed", "ValueError: why"),
+    ]
+    for path in tmp_path.iterdir():
+        path.chmod(0o444)
+    run = gpu.Run(options(tmp_path, more=True))
+    run.all(stages)
+    assert [line["part"] for line in lines_of(run.ends)[3:]] == ["lacking", "bad"]
+    gpu.Run(options(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_needed_part_fails_nothing_runs(tmp_path):
+    fail = gpu.Part("build", 60, (sys.executable, "-c", "raise SystemExit(1)"), is_needed=True)
+    run = gpu.Run(options(tmp_path))
+    run.all([(fail,), (gpu.Part("next", 60, (sys.executable, "-c", "")),)])
+    assert run.outcomes == {"build": "failed"}
+
+
+def test_without_time_parts_are_left_out(tmp_path):
+    run = gpu.Run(options(tmp_path, seconds=gpu.GRACE + gpu.LEAST - 1))
+    run.all([(gpu.Part("one", 60, (sys.executable, "-c", "")),)])
+    assert run.outcomes == {"one": "left out"}
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_parts_name_files_that_are_there_and_fit_one_call(rehearse, tmp_path):
+    first, more = gpu.parts(options(tmp_path, rehearse=rehearse))
+    names = [part.name for stage in first + more for part in stage]
+    assert len(set(names)) == len(names)
+    assert sum(max(part.seconds for part in stage) for stage in first) <= 600
+    for part in (part for stage in first + more for part in stage):
+        files = [word for word in part.command if word.endswith(".py") and "/" in word]
+        assert all((ROOT / file).exists() for file in files), part
+
+
+# ---- what a run says of itself ----
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 60)])
+def test_a_run_is_not_lost_where_git_and_nvidia_smi_fail(fault, monkeypatch):
+    def run(*arguments, **options):
+        raise fault
+
+    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert root_conftest.commit() == "unknown"
+    assert root_conftest.gpu() == {"cuda": torch.version.cuda}
+    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
+    assert root_conftest.commit() == "abc"
+
+
+def test_a_copy_with_the_git_of_another_commit_is_told_its_own(monkeypatch):
+    monkeypatch.setattr(root_conftest, "_printed", lambda *command: "of another commit")
+    monkeypatch.delenv("GATED_PROMPT_COMMIT", raising=False)
+    assert root_conftest.commit() == "of another commit+"
+    monkeypatch.setenv("GATED_PROMPT_COMMIT", "abc")
+    assert root_conftest.commit() == "abc"
+
+
+def test_a_field_that_nvidia_smi_refuses_is_left_out(monkeypatch):
+    def run(command, **options):
+        is_known = "clocks.sm" not in command[1]
+        return SimpleNamespace(
+            returncode=not is_known, stdout="a\nb\n" if is_known else "Field ..."
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = root_conftest.gpu()
+    assert "clocks.sm" not in found
+    assert found["name"] == found["clocks_event_reasons.active"] == "a"
