@@ -95,6 +95,10 @@ def extensions():
         architectures = architecture_list(plan.cuda_home)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         threads = os.environ.get("MAX_JOBS") or 0  # 0: one per core
+        nvcc = ["-O3", "-fmad=false", "-lineinfo", f"--threads={threads}"]  # architectures at once
+        is_new = backend.release(backend.toolkit_version(plan.cuda_home)) >= (12, 6)
+        if is_new and len(architectures.replace(";", " ").split()) == 1:
+            nvcc.append(f"--split-compile={threads}")  # kernels at once, with twice the memory
         facts = [
             f"-DGP_NVCC={backend.toolkit_version(plan.cuda_home)}",
             f"-DGP_ARCHITECTURES={architectures.replace(';', ',').replace(' ', ',')}",
@@ -105,7 +109,7 @@ def extensions():
             include_dirs=include,
             extra_compile_args={
                 "cxx": [*cxx, *facts, "-DUSE_CUDA"],
-                "nvcc": ["-O3", "-fmad=false", "-lineinfo", f"--threads={threads}"],
+                "nvcc": nvcc,
             },
             extra_link_args=LINK,
         )
