@@ -14,22 +14,24 @@ more is not credited for it. How anything is timed: harness.py.
 """
 
 import functools
+import importlib.util
 
 import pytest
-from gates import Alone, Chain, Copy, Gemms, bytes_moved, l2_bytes
+from gates import Alone, Chain, Copy, Gemms, QuackSoftmax, bytes_moved, l2_bytes
 from harness import PASSES, TRAINING, Graphed, label, race, timed_here
-from peers import COMPACT, COMPILED, PEERS, TWO_CARRIERS
+from peers import COMPACT, COMPILED, PEERS, QUACK, TWO_CARRIERS
 from shapes import CALL, DEFAULT, chosen
 
 HOWS = ("chain", "alone", "chain, graph", "alone, graph")
-EXTRA_PEERS = {"chain": ("no gate", "no gate, compiled"), "alone": ("device copy", "bare GEMMs")}
+LIMITS = {"device copy": Copy, "bare GEMMs": Gemms, QUACK: QuackSoftmax}
+EXTRA_PEERS = {"chain": ("no gate", "no gate, compiled"), "alone": tuple(LIMITS)}
 QUICK_PEERS = (
     *("gated_prompt", *COMPACT, "triton", "original"),
     *("original, compiled", "slice_scatter, compiled", "no gate", "device copy", "bare GEMMs"),
 )
 LIMIT_PEERS = (TWO_CARRIERS, "device copy")
 GOAL_PEERS = (
-    *(*LIMIT_PEERS, "bare GEMMs", "gated_prompt, carrier", "triton", "triton, rows"),
+    *(*LIMIT_PEERS, QUACK, "bare GEMMs", "gated_prompt, carrier", "triton", "triton, rows"),
     *("original", "original, compiled"),
 )
 pytestmark = timed_here
@@ -59,6 +61,8 @@ def runs(case, how, peer):
     is_linear = case.gate.startswith("linear")
     if peer == "bare GEMMs":
         return is_linear
+    if peer == QUACK:
+        return how == "alone, graph" and case.gate == "scalar"
     if peer in (TWO_CARRIERS, "triton, rows") and "chain" in how:
         return False  # there they are as without
     if peer == TWO_CARRIERS or peer.startswith("triton"):
@@ -76,6 +80,8 @@ def by_default(case, how, peer):
     if case.device == "cuda":
         if case.pixels == CALL["pixels"]:
             return how == "alone" and peer in ("gated_prompt", "original")
+        if how == "alone, graph" and peer == "original, max-autotune":
+            return is_reference  # one is enough for the time that it takes
         few = case.gate in ("channel", "token", "sample")
         return (is_reference and peer in QUICK_PEERS) or (
             how == "alone, graph" and peer in (LIMIT_PEERS if few else GOAL_PEERS)
@@ -99,8 +105,8 @@ def pytest_generate_tests(metafunc):
 
 @functools.lru_cache(maxsize=2)
 def make(case, how, peer):
-    if peer in ("device copy", "bare GEMMs"):
-        work = {"device copy": Copy, "bare GEMMs": Gemms}[peer](case)
+    if peer in LIMITS:
+        work = LIMITS[peer](case)
     else:
         work = (Chain if "chain" in how else Alone)(case, peer)
     return Graphed(work) if "graph" in how and case.device == "cuda" else work
@@ -120,8 +126,10 @@ def names(case, how, peer, which):
 
 def test_prompt_gate(request, benchmark, device, case, how, peer, which):
     label(benchmark, **names(case, how, peer, which))
-    if peer.startswith("triton") and device == "cpu":
-        pytest.skip("Triton needs a GPU")
+    if (peer == QUACK or peer.startswith("triton")) and device == "cpu":
+        pytest.skip("needs a GPU")
+    if peer == QUACK and importlib.util.find_spec("quack") is None:
+        pytest.skip("pip install quack-kernels")
     rival, work = make(case, how, rival_of(how, peer)), make(case, how, peer)
     is_linear = case.gate.startswith("linear")  # its GEMM has kept the rows as they were
     if peer.startswith("slice assignment,") and "alone" in how and not is_linear:

@@ -6,7 +6,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from harness import Work, assert_near
-from peers import COMPACT, COMPILED, PEERS, TWO_CARRIERS, compiled, gated_prompt_carrier
+from peers import COMPACT, COMPILED, PEERS, QUACK, TWO_CARRIERS, compiled, gated_prompt_carrier
 from shapes import GATES
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +25,7 @@ def bytes_moved(case, peer=""):
         for how in ({"save": False}, {"save": True}, {"backward": True})
     )
     # it reads one more gradient; what it moves is what a copy on CUDA is the limit of
-    if peer == TWO_CARRIERS or (peer == "device copy" and case.device == "cuda"):
+    if peer == TWO_CARRIERS or (peer in ("device copy", QUACK) and case.device == "cuda"):
         backward += batch * case.prompts * dim * case.torch_dtype.itemsize
     moved = {"forward": forward, "forward, saving": training, "backward": backward}
     return moved | {"forward+backward": training + backward}
@@ -168,6 +168,46 @@ class Copy(Work):
 
     def verify(self):
         assert torch.equal(self.target, self.source)
+
+
+class QuackSoftmax(Work):
+    """QuACK's softmax over rows of D elements: it reads and writes a tensor forward, reads two and
+    writes one backward; of as many rows as make up the bytes that the gate must move."""
+
+    def __init__(self, case, peer=QUACK):
+        super().__init__(case, peer)
+        from quack.softmax import softmax_bwd, softmax_fwd
+
+        self.softmax, self.softmax_backward = softmax_fwd, softmax_bwd
+        self.calls, moved, dim = calls_of(case), bytes_moved(case, peer), case.size[2]
+        row = dim * case.torch_dtype.itemsize
+        self.rows = {which: moved[which] // (2 * row) for which in ("forward", "forward, saving")}
+        self.rows["backward"] = moved["backward"] // (3 * row)
+        size = self.calls, max(self.rows.values()), dim
+        self.xs, self.gradients = self.randn(*size), self.randn(*size)
+
+    def run(self, rows):
+        self.outs = [self.softmax(x[:rows]) for x in self.xs]
+        self.result = self.outs[-1]
+
+    def infer(self):
+        self.run(self.rows["forward"])
+
+    def forward(self):
+        self.run(self.rows["forward, saving"])
+
+    def backward(self):
+        rows = self.rows["backward"]
+        for gradient, out in zip(self.gradients, self.outs, strict=True):
+            self.of_x = self.softmax_backward(gradient[:rows], out[:rows])
+
+    def verify(self):
+        out, rows = self.xs[-1].double().softmax(-1), self.rows["backward"]
+        gradient, y = self.gradients[-1, :rows].double(), out[:rows]
+        exact = y * (gradient - (y * gradient).sum(-1, keepdim=True))
+        for got, wanted in ((self.result, out[: len(self.result)]), (self.of_x, exact)):
+            error = (got.double() - wanted).norm() / wanted.norm()
+            assert error < 8 * torch.finfo(self.case.torch_dtype).eps, f"error {error:.3g}"
 
 
 class Gemms(GateWork):

@@ -209,9 +209,11 @@ def kill(process):
 
 
 def environment():
-    """That of the parts; xformers of PyPI wants the CUDA 12 runtime, which a wheel can bring."""
+    """That of the parts. What Triton compiles and finds out goes to a folder that can be taken
+    along; xformers of PyPI wants the CUDA 12 runtime, which a wheel can bring."""
+    triton = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "TRITON_CACHE_AUTOTUNING": "1"}
+    found = {"PYTHONUNBUFFERED": "1"} | triton | os.environ
     runtime = Path(sysconfig.get_path("purelib")) / "nvidia" / "cuda_runtime" / "lib"
-    found = os.environ | {"PYTHONUNBUFFERED": "1"}
     if runtime.exists():
         paths = [os.environ.get("LD_LIBRARY_PATH"), str(runtime)]
         found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))

@@ -72,6 +72,7 @@ def gated_prompt_carrier(h, x, gate, start, length, rule, carrier):
 
 
 TWO_CARRIERS = "gated_prompt, two carriers"  # its output's gradient, too, comes in two parts
+QUACK = "QuACK softmax"  # of a published kernel library, on as many bytes as the gate must move
 COMPACT = ("gated_prompt, carrier", TWO_CARRIERS, "triton, rows")  # alone, x is the prompt rows
 COMPILED = {", compiled": "default", ", max-autotune": "max-autotune-no-cudagraphs"}
 PEERS = {  # name: (function, torch.compile's mode)
