@@ -50,6 +50,16 @@ def check(weight, bias, temperature, rows, dtype):
     return got
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bits_are_not_those_of_aten_on_cuda(dtype):
+    """Restated on the CPU, whose aten keeps a scalar temperature in float32."""
+    weight, bias = make((24, 16), dtype)
+    tau = torch.tensor([0.73])
+    exact = wanted(weight, bias, tau, 24, dtype)[0]
+    assert torch.equal(weight / tau.reshape(()), exact)
+    assert not torch.equal(weight / tau.to(dtype), exact)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_the_bits_of_aten(device, dtypes, shape):

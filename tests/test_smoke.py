@@ -118,6 +118,20 @@ def assert_same(found, wanted):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "other bits"
 
 
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+def test_products_are_not_shortened(dtype, accuracy, device):
+    """What results are compared with: no TF32, whose products are good to 5e-4, and no sums of
+    products kept in 16 bits on the way."""
+    a, b = (torch.randn(2, 512, 4096, device=device).abs() + 1).to(dtype)  # nothing cancels
+    exact = a.double() @ b.double().T
+    assert ((a @ b.T).double() - exact).abs().max() <= accuracy * exact.max()
+    matmul = torch.backends.cuda.matmul
+    assert not matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_raw_ops(kind, size, device):

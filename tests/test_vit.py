@@ -885,15 +885,14 @@ def test_bad_models_get_their_error():
     assert all(p.requires_grad for p in odd.parameters())
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_on_cuda_equals_cpu(dtype):
+def test_model_on_a_device_equals_float32_on_the_cpu(device, dtype):
     model = randomise(gp.wrap(small_vit(), num_prompts=4, prompt_dropout=0.0)).float()
     images = torch.randn(2, 3, 40, 24)
     wanted = torch.autograd.grad(model(images).sum(), list(tuned(model).values()))
-    model = model.cuda()
-    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(images.cuda())
+    model = model.to(device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(images.to(device))
     got = torch.autograd.grad(logits.float().sum(), list(tuned(model).values()))
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     for name, a, b in zip(tuned(model), got, wanted, strict=True):
