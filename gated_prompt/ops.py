@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import sys
+from typing import ClassVar
 
 import torch
 
@@ -205,8 +206,20 @@ copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]
 # engine's by these counts, to the engine itself as well, which adds to it in place.
 
 
+def _uses(argument):
+    return sys.getrefcount(argument)
+
+
+def _uses_of_an_argument():
+    """Of one that nobody else has. It is one more where frames are evaluated by torch.compile, as
+    they are in the whole process after a compilation has failed."""
+    nobody_else_has = object()
+    return _uses(nobody_else_has)
+
+
 def _counts(grad):
-    """Uses of the tensor, in C++ and in Python, and of its storage; None: they don't tell.
+    """Uses of an argument; of the tensor, in C++ and in Python, and of its storage. None: they
+    don't tell.
 
     The storage is asked by its address: grad.untyped_storage() would count as a use for as long as
     the storage lives, and the engine, which asks the same, would then add the next gradient to this
@@ -215,13 +228,13 @@ def _counts(grad):
     if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad) or grad.is_meta:
         return None
     of_storage = torch._C._storage_Use_Count(torch._C._storage_address(grad))
-    return grad._use_count(), sys.getrefcount(grad), of_storage
+    return _uses_of_an_argument(), (grad._use_count(), sys.getrefcount(grad), of_storage)
 
 
 class _Probe(torch.autograd.Function):
     """Measures the counts of a gradient that is nobody else's, called as our own backwards are."""
 
-    counts = None  # None: not measured yet
+    counts: ClassVar = {}  # {uses of an argument: the others}, as measured
 
     @staticmethod
     def forward(ctx, x):
@@ -229,7 +242,9 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, unused=None):
-        _Probe.counts = _counts(grad)
+        found = _counts(grad)
+        if found is not None:
+            _Probe.counts.update([found])
         return grad
 
 
@@ -264,7 +279,7 @@ def _measure_counts() -> None:
 def _is_reusable(grad, counts) -> bool:
     return (
         counts is not None
-        and counts == _Probe.counts
+        and _Probe.counts.get(counts[0]) == counts[1]
         and _REUSES_GRADIENTS
         and not grad.requires_grad
         and not torch.is_grad_enabled()
@@ -354,7 +369,7 @@ def no_autocast(device_type):
 
 
 def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
-    if _Probe.counts is None:
+    if _uses_of_an_argument() not in _Probe.counts:
         _measure_counts()
     ctx.mark_dirty(block_out)
     ctx.set_materialize_grads(False)
