@@ -110,7 +110,7 @@ class Rows:
 def about(config):
     build = ops.build_info()
     return {
-        "command": "pytest " + shlex.join(map(str, config.invocation_params.args)),
+        "command": "pytest " + shlex.join(map(portable, config.invocation_params.args)),
         "commit": commit(),
         "cpu": cpu(),
         "threads": config.getoption("threads", torch.get_num_threads()),  # of benchmarks
@@ -119,6 +119,11 @@ def about(config):
         "torch": torch.__version__,
         "build": build | {"compiler": build["compiler"].split()[-1]},
     }
+
+
+def portable(argument):
+    """Without the folders of this machine."""
+    return Path(argument).name if os.path.isabs(argument) else str(argument)
 
 
 def commit():

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from conftest import timm_or_skip
 
 pytest.importorskip("pytest_benchmark")

@@ -21,6 +21,8 @@ from cases import (
     check_against_reference,
     same_bits,
 )
+
+pytest.importorskip("hypothesis")  # else no test would run where it is not
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CUDA_SKIP_REASON
 
 pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,19 @@ def test_without_time_parts_are_left_out(tmp_path):
     run = gpu.Run(options(tmp_path, seconds=gpu.GRACE + gpu.LEAST - 1))
     run.all([(gpu.Part("one", 60, (sys.executable, "-c", "")),)])
     assert run.outcomes == {"one": "left out"}
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_ready_says_why_not(rehearse, tmp_path, monkeypatch):
+    first, _ = gpu.parts(options(tmp_path, rehearse=rehearse))
+    (part,) = next(stage for stage in first if stage[0].name == "ready")
+    run = gpu.Run(options(tmp_path))
+    run.all([(part,)])
+    (line,) = lines_of(run.ends)
+    is_ready = rehearse or CUDA_SKIP_REASON is None
+    assert line["outcome"] == ("passed" if is_ready else "failed")
+    is_silent = CUDA_SKIP_REASON is None and not rehearse
+    assert line["says"] == ("" if is_silent else str(CUDA_SKIP_REASON)[:160])
 
 
 @pytest.mark.parametrize("rehearse", [False, True])

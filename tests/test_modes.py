@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import GATES as SHAPES
 from cases import LINEAR_GATES, RULES, Case, run_op, same_bits
+from conftest import timm_or_skip
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -23,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gated_prompt as gp
-from conftest import timm_or_skip
 from gated_prompt import ops, reference
 
 B, N, D, P = 2, 7, 12, 3

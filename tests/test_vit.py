@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import timm_or_skip
 from torch import nn
 
 import gated_prompt as gp
-from conftest import timm_or_skip
 from gated_prompt import attention, ops
 
 timm = timm_or_skip()
