@@ -52,7 +52,7 @@ test: build
 # The support matrix of README.md; REPORTS=... adds those of other versions of torch.
 support: build
 	rm -f build/tests.jsonl
-	$(BIN)/python -m pytest tests --rows build/tests.jsonl
+	$(BIN)/python -m pytest tests --rows=build/tests.jsonl
 	$(BIN)/python tests/support.py README.md build/tests.jsonl $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
 
 # Random cases beside the reference, FUZZ_CASES of them.
@@ -96,15 +96,13 @@ bench: build
 	$(PIP) --constraint $(VENV)/constraints.txt peft
 	mkdir -p $(RESULTS)
 	rm -f $(RESULTS)/cpu.jsonl
-	$(BIN)/python -m pytest benchmarks --benchmark-only --device cpu --rows $(RESULTS)/cpu.jsonl $(BENCH)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --device cpu --rows=$(RESULTS)/cpu.jsonl $(BENCH)
 
 # On a machine with a GPU, with the packages that are there and those of the folder WHEELS: build, tests, sanitizers,
 # goals (docs/gpu.md). GPU=... are flags of benchmarks/gpu.py; gpu-more goes on where gpu stopped.
-gpu: GPU += --seconds 540
-gpu-more: GPU += --more --seconds 230
 gpu gpu-more:
-	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl)
-	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) $(GPU)
+	$(if $(WHEELS),-$(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl)
+	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) $(if $(filter gpu,$@),--seconds 530,--more --seconds 200) $(GPU)
 
 # The same parts without a GPU: on the CPU, tiny.
 rehearsal: build

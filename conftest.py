@@ -4,7 +4,8 @@ goes on where an earlier one stopped.
 
 A file of results (--rows) has a line of JSON for each. A line with "command" begins a run: what
 ran, where, at which commit. The lines after it are what pytest ran: "id", as pytest calls it, its
-"outcome", where it was skipped the "reason", and of a benchmark the figures. Runs append.
+"outcome", where it was skipped the "reason", where it failed "why", and of a benchmark the figures.
+Runs append.
 """
 
 import json
@@ -24,6 +25,7 @@ from gated_prompt import ops
 
 ROOT = Path(__file__).parent
 OUT_OF_TIME = "out of time"
+WHY = 2000  # characters of a failure, its end
 
 
 def pytest_addoption(parser):
@@ -36,18 +38,28 @@ def pytest_addoption(parser):
     group.addoption("--rest", action="store_true", help=text)
 
 
+_done = pytest.StashKey()
+
+
 def pytest_configure(config):
-    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, told by its controller
         config.option.deadline = config.workerinput["deadline"]
+        config.stash[_done] = set(config.workerinput["done"])
         return
     config.option.deadline += time.time()
-    if config.option.rows is not None:
-        config.pluginmanager.register(Rows(config))
+    config.stash[_done], path = set(), config.option.rows
+    if path is not None:
+        now = about(config)
+        if config.option.rest and path.exists():
+            config.stash[_done] = passed(path, now)
+        config.pluginmanager.register(Rows(path, now))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
+    """Of pytest-xdist: one that takes the place of a dead worker must collect what that one had."""
     node.workerinput["deadline"] = node.config.option.deadline
+    node.workerinput["done"] = sorted(node.config.stash[_done])
 
 
 @pytest.hookimpl(tryfirst=True)  # before a fixture makes anything
@@ -57,34 +69,37 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.rest and config.option.rows and config.option.rows.exists():
-        done = passed(config.option.rows, about(config))
+    done = config.stash[_done]
+    if done:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
         items[:] = [item for item in items if item.nodeid not in done]
 
 
 def passed(path, now):
-    """The ids of what passed, or was timed, in runs such as the one that begins now."""
-
-    def kind(run):
-        return run["commit"], run["torch"], (run["gpu"] or {}).get("name")
-
+    """The ids of what passed, or was timed, in runs such as the one that begins now; none where
+    the commit does not tell the code."""
     found, is_same = set(), False
+    if now["commit"] == "unknown" or now["commit"].endswith("+"):
+        return found
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if "command" in row:
-            is_same = kind(row) == kind(now)
+            is_same = kind(row) == kind(now)  # of two runs
         elif is_same and row["outcome"] == "passed":
             found.add(row["id"])
     return found
 
 
+def kind(run):
+    return [run["commit"], run["torch"], (run["gpu"] or {}).get("name")]
+
+
 class Rows:
     """Writes them, as a plugin of the process that reports."""
 
-    def __init__(self, config):
-        self.file, self.now = config.option.rows.open("a"), {}
-        self.write(about(config))
+    def __init__(self, path, about):
+        self.file, self.now = path.open("a"), {}
+        self.write(about)
 
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
@@ -94,6 +109,8 @@ class Rows:
         row = self.now.setdefault(report.nodeid, {"id": report.nodeid, "outcome": "passed"})
         if report.outcome != "passed":
             row["outcome"] = report.outcome
+            if report.failed:
+                row["why"] = report.longreprtext[-WHY:]
             if report.skipped:
                 is_xfail = hasattr(report, "wasxfail")
                 reason = report.wasxfail if is_xfail else report.longrepr[2]
@@ -103,17 +120,24 @@ class Rows:
         # after its last phase; or pytest-xdist says that its worker has died
         self.write(self.now.pop(report.nodeid) | dict(report.user_properties).get("row", {}))
 
+    def pytest_collectreport(self, report):
+        if report.failed:  # a file that does not import
+            why = report.longreprtext[-WHY:]
+            self.write({"id": report.nodeid, "outcome": report.outcome, "why": why})
+
 
 # ---- what a run says of itself ----
 
 
-def about(config):
+def about(config=None):
     build = ops.build_info()
+    arguments = config.invocation_params.args if config else ()
+    threads = torch.get_num_threads()
     return {
-        "command": "pytest " + shlex.join(map(portable, config.invocation_params.args)),
+        "command": "pytest " + shlex.join(map(portable, arguments)),
         "commit": commit(),
         "cpu": cpu(),
-        "threads": config.getoption("threads", torch.get_num_threads()),  # of benchmarks
+        "threads": config.getoption("threads", threads) if config else threads,  # of benchmarks
         "gpu": gpu(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -122,8 +146,8 @@ def about(config):
 
 
 def portable(argument):
-    """Without the folders of this machine."""
-    return Path(argument).name if os.path.isabs(argument) else str(argument)
+    """Without the folders of this machine: --rows=/somewhere/gpu.jsonl is --rows=gpu.jsonl."""
+    return re.sub(r"(?<![^=])/\S*/", "", str(argument))
 
 
 def commit():
@@ -132,7 +156,8 @@ def commit():
     if os.environ.get("GATED_PROMPT_COMMIT"):
         return os.environ["GATED_PROMPT_COMMIT"]
     head = _printed("git", "rev-parse", "HEAD")
-    return head + "+" * bool(_printed("git", "status", "--porcelain")) if head else "unknown"
+    changed = _printed("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return head + "+" * bool(changed) if head else "unknown"
 
 
 def cpu():

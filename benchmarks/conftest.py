@@ -63,7 +63,8 @@ def case(request):
 def _kept(request):
     """The row of a benchmark that was timed, for ../conftest.py."""
     yield
-    stats = getattr(request.node.funcargs.get("benchmark"), "stats", None)
+    arguments = request.node.funcargs or {}  # None after an interruption
+    stats = getattr(arguments.get("benchmark"), "stats", None)
     if stats:
         request.node.user_properties.append(("row", row(stats.as_dict(include_data=False))))
 

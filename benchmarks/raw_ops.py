@@ -18,10 +18,10 @@ import statistics
 import bench_limits
 import gates
 import torch
-from harness import Graphed, Timer, Work, seconds
+from harness import Graphed, Timer, Work, check, seconds
 from shapes import GATES, Case
 
-from gated_prompt import ops
+from gated_prompt import ops, reference
 
 ROUNDS = 15
 LOGITS = {name: shapes for name, shapes in GATES.items() if not name.startswith("linear")}
@@ -64,8 +64,23 @@ class RawOps(Work):
             for g, saved, c in zip(self.sequences, self.saved, self.xs, strict=True)
         ]
 
+    def verify(self):
+        """Of the last call, beside float64."""
+        rows = slice(self.start, self.start + self.length)
+        allowed = max(8 * torch.finfo(self.result.dtype).eps, 1e-5)
+        leaves = [t.double().requires_grad_() for t in (self.sequence, self.xs[-1], self.logit)]
+        wanted = reference.prompt_gate(*leaves, self.start, self.length, "mix")
+        gradient = self.inferred.double()  # which backward has had in its place
+        gradient[:, rows] += self.xs[-1]
+        exact = torch.autograd.grad(wanted, leaves, gradient)
+        found = self.inferred, self.result, *self.gradients[-1][:2]
+        for got, near in zip(found, (wanted, *exact), strict=True):
+            error = (got.double() - near).norm() / near.norm()
+            assert error < allowed, f"{self.name}: relative error {error:.3g}"
+
 
 def median(work, which):
+    check(work)
     timer = Timer(work.device, work.ahead)
     return statistics.median(seconds(work, which, timer)[0] for _ in range(ROUNDS))
 

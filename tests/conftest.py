@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tolerance rule of the whole suite, and the devices that tests run on."""
 
+import os
+
 import pytest
 import torch
 
 from gated_prompt import ops
+
+# cuBLAS has the same bits each time; it is asked for once a process, at the first product
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CUDA_SKIP_REASON = "no CUDA GPU" if not torch.cuda.is_available() else ops.cuda_unavailable_reason
 

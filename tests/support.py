@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The support matrix of README.md, from what the tests ran.
 
-    pytest tests --rows REPORT.jsonl
+    pytest tests --rows=REPORT.jsonl
     python tests/support.py README.md REPORT.jsonl [REPORT.jsonl ...]
 
 Reports of one torch, such as those of a machine without a GPU and of one with it, are one: a test

@@ -2,6 +2,7 @@
 """The benchmarks' own parts: what is timed is right; pairs are pairs; guard and report."""
 
 import copy
+import functools
 import gc
 import json
 import subprocess
@@ -33,8 +34,6 @@ import peers
 import raw_ops
 import report
 import shapes
-
-from gated_prompt import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"device": "cpu", "batch": 2, "model": "ViT-S/16", "pixels": 32, "prompts": 3}
@@ -361,23 +360,23 @@ def test_a_device_copy_is_of_whole_64_kib():
 
 @pytest.mark.parametrize("gate", raw_ops.LOGITS)
 def test_raw_ops_are_those_of_the_gate(gate):
-    case = shapes.Case(**SMALL)
-    work, rows = raw_ops.RawOps(case, gate), slice(case.start, case.start + case.prompts)
-    work.prepare()
-    work.infer()
-    work.prepare()
-    work.forward()
-    leaves = [t.double().requires_grad_() for t in (work.sequence, work.xs[-1], work.logit)]
-    wanted = reference.prompt_gate(*leaves, case.start, case.prompts, "mix")
-    torch.testing.assert_close(work.inferred, wanted.float())
-    gradient = work.sequences[-1].double()
-    gradient[:, rows] += work.xs[-1]
-    exact = torch.autograd.grad(wanted, leaves, gradient)
-    work.backward()
-    found = work.sequences[-1], *work.gradients[-1][:2]
-    for a, b in zip(found, exact, strict=True):
-        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
-    assert len(work.gradients) == len(work.saved) == work.calls
+    for dtype in ("float32", "bfloat16"):
+        work = raw_ops.RawOps(shapes.Case(**SMALL, dtype=dtype), gate)
+        harness.check(work)
+        assert len(work.gradients) == len(work.saved) == work.calls
+        for wrong in (work.inferred, work.sequences[-1], *work.gradients[-1][:2]):
+            wrong.mul_(1.1)
+            with pytest.raises(AssertionError, match="relative error"):
+                work.verify()
+            wrong.div_(1.1)
+    work.verify()
+
+
+def test_what_raw_ops_compares_has_all_that_a_graph_needs():
+    for work in (gates.Copy, functools.partial(raw_ops.RawOps, gate="scalar")):
+        made = work(shapes.Case(**SMALL))
+        for name in ("prepare", "infer", "forward", "backward", "verify"):
+            assert callable(getattr(made, name))
 
 
 # ---- what a run leaves ----

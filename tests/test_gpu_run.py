@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CUDA_SKIP_REASON
 
 pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).parent.parent
@@ -56,7 +55,7 @@ FOUR = """
 import pytest
 def test_passes(): pass
 def test_fails(): assert False
-@pytest.mark.skip(reason="why")
+@pytest.mark.skip(reason="wanted")
 def test_skips(): pass
 @pytest.fixture
 def broken(): raise ValueError
@@ -74,14 +73,24 @@ def test_each_result_is_a_line(workers, copied):
     if workers and not HAS_WORKERS:
         pytest.skip("no pytest-xdist")
     (copied / "test_four.py").write_text(FOUR)
-    run_pytest(copied, "test_four.py", "--rows", "x.jsonl", *workers)
+    (copied / "test_broken.py").write_text("import no_such_module")
+    what = ("test_four.py", "test_broken.py", "--continue-on-collection-errors")
+    run_pytest(copied, *what, "--rows=x.jsonl", *workers)
     begin, *rows = lines_of(copied / "x.jsonl")
+    broken = [row for row in rows if row["id"] == "test_broken.py"]
+    assert broken
+    for row in broken:
+        assert row["outcome"] == "failed"
+        assert "no_such_module" in row["why"]
+    rows = [row for row in rows if row not in broken]
+    (failed,) = (row for row in rows if row["id"].endswith("test_fails"))
+    assert "assert False" in failed["why"]
     assert begin["command"].startswith("pytest -q")
     assert (begin["commit"], begin["torch"]) == ("c", torch.__version__)
     assert {row["id"].partition("::")[2]: (row["outcome"], row.get("reason")) for row in rows} == {
         "test_passes": ("passed", None),
         "test_fails": ("failed", None),
-        "test_skips": ("skipped", "why"),
+        "test_skips": ("skipped", "wanted"),
         "test_has_no_fixture": ("failed", None),
         "test_is_known": ("skipped", "known"),
         "test_breaks_at_its_end": ("failed", None),
@@ -94,13 +103,14 @@ def test_the_rest_is_what_has_not_passed(workers, copied):
         pytest.skip("no pytest-xdist")
     (copied / "test_four.py").write_text(FOUR)
     rows = copied / "x.jsonl"
-    arguments = ("test_four.py", "--rows", "x.jsonl", "--rest", *workers)
+    arguments = ("test_four.py", "--rows=x.jsonl", "--rest", *workers)
     run_pytest(copied, *arguments, "--deadline", "-1")
     assert set(outcomes(rows).values()) == {"skipped"}
     assert sum(row.get("reason") == gpu.OUT_OF_TIME for row in lines_of(rows)) == 6
     run_pytest(copied, *arguments)
     assert sum(row.get("outcome") == "passed" for row in lines_of(rows)) == 1
-    if workers:  # they have the deadline; what is left out they choose as without them
+    if workers:  # these choose together what is left out
+        assert len(lines_of(rows)) == 2 * 7
         return
     for commit, is_again in (("c", False), ("another", True)):
         before = len(lines_of(rows))
@@ -151,7 +161,7 @@ def test_a_part_that_hangs_or_is_killed_keeps_its_rows(fault, copied, monkeypatc
         (copied / "benchmarks" / f"bench_{name}.py").write_text(TIMED.replace("FAULT", what))
     run = gpu.Run(SimpleNamespace(seconds=600, most=600, more=False, results=copied / "results"))
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rest")
-    pytest_ += ("--rows", str(run.rows), "--deadline", gpu.SECONDS, *limit)
+    pytest_ += (gpu.rows_in(run.results), "--deadline", gpu.SECONDS, *limit)
     parts = [
         gpu.Part(name, 12, (*pytest_, f"benchmarks/bench_{name}.py")) for name in ("bad", "good")
     ]
@@ -175,26 +185,96 @@ def options(results, **changes):
     })  # fmt: skip
 
 
-def test_more_goes_on_from_results_that_are_read_only(tmp_path, capfd):
-    say = (sys.executable, "-c", "print('9 passed in 1 s')")
+def say(text):
+    return (sys.executable, "-c", f"print({text!r})")
+
+
+def test_more_goes_on_from_results_that_are_read_only(tmp_path):
+    def ready(*about):
+        return (gpu.Part("ready", 60, say(json.dumps(about)), is_needed=True),)
+
     stages = [
-        (gpu.Part("good", 60, say), gpu.Part("lacking", 60, ("no-such-tool",))),
+        (gpu.Part("good", 60, say("9 passed in 1 s")), gpu.Part("lacking", 60, ("no-such-tool",))),
         (gpu.Part("bad", 60, (sys.executable, "-c", "raise ValueError('why')")),),
     ]
     run = gpu.Run(options(tmp_path))
-    run.all(stages)
+    run.all([ready("c", "t", "g"), *stages])
     assert [(line["part"], line["outcome"], line["says"]) for line in lines_of(run.ends)] == [
+        ("ready", "passed", '["c", "t", "g"]'),
         ("lacking", "left out", "no no-such-tool here"),
         ("good", "passed", "9 passed in 1 s"),
         ("bad", "failed", "ValueError: why"),
     ]
-    for path in tmp_path.iterdir():
-        path.chmod(0o444)
+    for about, again in (
+        (("c", "t", "g"), ["ready", "lacking", "bad"]),
+        (("d", "t", "g"), ["ready", "lacking", "good", "bad"]),
+        (("unknown", "t", "g"), ["ready", "lacking", "good", "bad"]),
+        (("unknown", "t", "g"), ["ready", "lacking", "good", "bad"]),
+    ):
+        for path in tmp_path.iterdir():
+            path.chmod(0o444)
+        before = len(lines_of(run.ends))
+        run = gpu.Run(options(tmp_path, more=True))
+        run.all([ready(*about), *stages])
+        assert [line["part"] for line in lines_of(run.ends)[before:]] == again
     run = gpu.Run(options(tmp_path, more=True))
-    run.all(stages)
-    assert [line["part"] for line in lines_of(run.ends)[3:]] == ["lacking", "bad"]
+    with pytest.raises(SystemExit, match=r"has results of \['t', 'g'\], this is \['t', 'h'\]"):
+        run.all([ready("c", "t", "h"), *stages])
     gpu.Run(options(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_is_not_forgotten_when_the_part_is_left_out(tmp_path):
+    part = gpu.Part("one", 60, (sys.executable, "-c", "raise ValueError"))
+    run = gpu.Run(options(tmp_path))
+    run.all([(part,)])
+    run.end = 0
+    run.all([(part,)])
+    assert [line["outcome"] for line in lines_of(run.ends)] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "outcome"), [("3 passed", "passed"), ("28 skipped\nSUMMARY: 0 errors", "failed")]
+)
+def test_a_part_in_which_all_was_skipped_has_not_passed(printed, outcome, tmp_path):
+    run = gpu.Run(options(tmp_path))
+    run.all([(gpu.Part("memcheck", 60, (*say(printed), "pytest")),)])
+    assert run.outcomes == {"memcheck": outcome}
+
+
+WITHOUT_INSTALLATION = """
+import runpy, sys
+from pathlib import Path
+
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+sys.path = [path for path in sys.path if path not in ("", {root!r})]
+found = runpy.run_path("benchmarks/gpu.py")
+sys.path.insert(0, "benchmarks")
+print(len(list(found["table"](Path("benchmarks/results")))))
+"""
+
+
+def test_the_package_need_not_be_installed():
+    """Of a build in place: the parts find it, and so does the table."""
+    assert gpu.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    command = [sys.executable, "-c", WITHOUT_INSTALLATION.format(root=str(ROOT))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("--rows=/a/b/gpu.jsonl", "--rows=gpu.jsonl"),
+        ("/a/b/c.jsonl", "c.jsonl"),
+        ("benchmarks/bench_vit.py", "benchmarks/bench_vit.py"),
+        ("--rows=benchmarks/results/gpu.jsonl", "--rows=benchmarks/results/gpu.jsonl"),
+        ("cuda and (a or b)", "cuda and (a or b)"),
+    ],
+)
+def test_a_command_is_kept_without_folders_of_the_machine(argument, kept):
+    assert root_conftest.portable(argument) == kept
 
 
 def test_after_a_needed_part_fails_nothing_runs(tmp_path):
@@ -217,10 +297,10 @@ def test_ready_says_why_not(rehearse, tmp_path, monkeypatch):
     run = gpu.Run(options(tmp_path))
     run.all([(part,)])
     (line,) = lines_of(run.ends)
-    is_ready = rehearse or CUDA_SKIP_REASON is None
+    is_ready = rehearse or torch.cuda.is_available()
     assert line["outcome"] == ("passed" if is_ready else "failed")
-    is_silent = CUDA_SKIP_REASON is None and not rehearse
-    assert line["says"] == ("" if is_silent else str(CUDA_SKIP_REASON)[:160])
+    about = root_conftest.kind(root_conftest.about())
+    assert line["says"] == (json.dumps(about) if is_ready else "no CUDA GPU that torch can use")
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
