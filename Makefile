@@ -106,7 +106,7 @@ gpu gpu-more:
 
 # The same parts without a GPU: on the CPU, tiny.
 rehearsal: build
-	$(BIN)/python benchmarks/gpu.py --rehearse --most 30 --workers 2 --tests tests/test_scaled_dot.py \
+	$(BIN)/python benchmarks/gpu.py --rehearse --most 20 --workers 2 --tests tests/test_scaled_dot.py \
 	  --results build/rehearsal $(GPU)
 
 # Tables and plots of benchmarks/README.md and README.md from benchmarks/results, and docs/counts.md.
