@@ -26,8 +26,9 @@ HAS_WORKERS = importlib.util.find_spec("xdist") is not None
 
 
 @pytest.fixture
-def copied(tmp_path):
+def copied(tmp_path, monkeypatch):
     """A folder that pytest runs in as in this one: conftest.py and benchmarks."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the package may be built in place alone
     shutil.copy(ROOT / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = test_*.py bench_*.py\n")
     (tmp_path / "benchmarks").mkdir()
