@@ -84,7 +84,7 @@ def passed(path, now):
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if "command" in row:
-            is_same = kind(row) == kind(now)  # of two runs
+            is_same = kind(row) == kind(now)
         elif is_same and row["outcome"] == "passed":
             found.add(row["id"])
     return found
