@@ -2,7 +2,8 @@
 """Backbones from checkpoint files, by a table of key layouts.
 
 Every layout that is read stands in `LAYOUTS`. A file is loaded completely or not at all: what is
-left out of it is a known part (a decoder, a projector, a classifier) and is named in the report.
+left out of it is a known part (a decoder, a projector, a classifier) or stands outside the prefix
+of the ViT's names, and is named in the report.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import eva, vision_transformer
+from timm.models import adapt_input_conv, eva, vision_transformer
 from torch import Tensor, nn
 
 from gated_prompt.checkpoint import CheckpointError, first_names, read_checkpoint
@@ -74,159 +75,253 @@ def _dinov2(tensors: dict, vit: nn.Module, notes: list) -> dict:
     return state
 
 
+def _has_positions(tensors: Mapping, slow_first: bool) -> bool:
+    """Whether pos_embed is the fixed one of MoCo v3 (slow_first) or of MAE, but for rounding.
+
+    A row is sin, cos of one coordinate, then of the other: MoCo v3 begins with that which varies
+    slowest, MAE with the other. The class token's row is zero.
+    """
+    positions = tensors.get("pos_embed")
+    if not isinstance(positions, Tensor) or not positions.is_floating_point():
+        return False
+    rows, width = positions.shape[-2:] if positions.ndim == 3 and len(positions) == 1 else (0, 0)
+    side = math.isqrt(max(rows - 1, 0))
+    if side < 2 or side * side != rows - 1 or width < 4 or width % 4:
+        return False
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    slow, fast = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
+    wanted = torch.cat((slow, fast) if slow_first else (fast, slow), dim=1)
+    errors = positions[0].cpu().double() - nn.functional.pad(wanted, (0, 0, 1, 0))
+    return errors.abs().max().item() <= max(1e-4, torch.finfo(positions.dtype).eps / 2)
+
+
+def _is_mocos(tensors: Mapping, file: Mapping) -> bool:
+    return _has_positions(tensors, slow_first=True)
+
+
+def _is_maes(tensors: Mapping, file: Mapping) -> bool:
+    return _has_positions(tensors, slow_first=False)
+
+
+def _is_of_maes_finetuning(tensors: Mapping, file: Mapping) -> bool:
+    """By the arguments of MAE's main_finetune.py: it trains the position embeddings."""
+    args = file.get("args")
+    names = ("nb_classes", "drop_path", "global_pool", "blr", "finetune")
+    return all(hasattr(args, name) for name in names) and bool(args.finetune)
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """A key layout. Patterns are matched at the start of a key of the entry.
+    """A key layout. Patterns are matched at the start of a name after the encoder's prefix.
 
     Attributes:
         words, source: Its name for the reader, and for the attribute on the model.
-        entries: Where in the file the tensors may be; "" is the file itself.
-        signs, absent: Some key matches each of `signs`; no key matches `absent`.
-        prefix: Taken off the keys that are kept; a key without it is unexpected.
+        signs, absent: Some name matches each of `signs`; no name matches `absent`.
+        proof: (tensors, file) -> whether the values, or the rest of the file, prove it.
+        place: A pattern of "entry/prefix", where the encoder must be.
         drops: (pattern, words) of what is left out.
-        which: The choice that asks for it, where a file holds several encoders.
+        outside: The same of names that don't have the prefix, where no others may be; None: any,
+            and the report names them.
         warning: Said when it is loaded.
         convert: (tensors, vit, notes) -> tensors in timm's names; None: they have them.
     """
 
     words: str
     source: str
-    entries: tuple[str, ...]
-    signs: tuple[str, ...]
+    signs: tuple[str, ...] = ()
     absent: str = "$."
-    prefix: str = ""
+    proof: Callable[[Mapping, Mapping], bool] | None = None
+    place: str = ""
     drops: tuple[tuple[str, str], ...] = ()
-    which: str | None = None
+    outside: tuple[tuple[str, str], ...] | None = None
     warning: str | None = None
     convert: Callable[[dict, nn.Module, list], dict] | None = None
 
-    def matches(self, names) -> bool:
-        names = [name for name in names if isinstance(name, str)]
-        found = all(any(re.match(sign, name) for name in names) for sign in self.signs)
-        return found and not any(re.match(self.absent, name) for name in names)
+    def fits(self, place: str, tensors: Mapping, file: Mapping) -> bool:
+        return (
+            re.match(self.place, place) is not None
+            and all(any(re.match(sign, name) for name in tensors) for sign in self.signs)
+            and not any(re.match(self.absent, name) for name in tensors)
+            and (self.proof is None or self.proof(tensors, file))
+        )
 
 
 _CLASSIFIER = (r"(.*\.)?(head(_dist)?|pre_logits)\.", "classifier")
 _MASK = (r"(.*\.)?(mask_token$|lm_head\.)", "masked-image parts")
 _ROTARY = (r".*(rope.*\.(freqs_cos|freqs_sin|periods)|bias_mask)$|local_cls_norm\.", "constants")
-_TOWER = r"(module\.)?visual\.(trunk\.)?"
+_MOCO = r".*[/.](base|momentum)_encoder\.$"
+_DINO = {
+    "place": r"(teacher|student)/(.*\.)?backbone\.$",
+    "outside": ((r"(.*\.)?(dino_|ibot_)?head\.", "projection head"),),
+}
 
-
-def _moco(which: str, other: str) -> _Layout:
-    prefix = rf"module\.{which}_encoder\."
-    drops = (
-        (prefix + r"head\.", "projector head"),
-        (rf"module\.{other}_encoder\.", f"{other} encoder"),
-        (r"module\.predictor\.", "predictor"),
-    )
-    words = f"MoCo v3, {which} encoder"
-    return _Layout(words, "mocov3", ("state_dict",), (prefix,), "$.", prefix, drops, which)
-
-
-def _dino(words: str, which: str) -> _Layout:
-    prefix = r"(module\.)?backbone\."
-    mask = prefix + "mask_token$"
-    drops = ((r"(module\.)?(dino_|ibot_)?head\.", "projection head"), (mask, "mask token"))
-    is_v2 = words == "DINOv2"
-    return _Layout(
-        f"{words}, {which}", words.lower(), (which,), (mask if is_v2 else prefix,),
-        "$." if is_v2 else mask, prefix, drops, which, convert=_dinov2 if is_v2 else None,
-    )  # fmt: skip
-
-
-# The first that matches is taken; of a file with several encoders, the first is the default.
+# The first that fits an encoder is its layout.
 # fmt: off
 LAYOUTS = (
-    _moco("base", "momentum"),
-    _moco("momentum", "base"),
     _Layout(
-        "MoCo v3, linear-probed", "mocov3", ("state_dict",),
-        (r"module\.head\.weight$", r"module\.blocks\."), r"module\.\w+_encoder\.", r"module\.",
-        ((r"module\.head\.", "classifier"),),
-        warning="this is MoCo v3's linear-probed file (linear-vit-*.pth.tar), the one that VPT's "
-        "README links (KMnP/vpt#53); the self-supervised file is vit-*-300ep.pth.tar",
+        "MoCo v3", "mocov3", place=_MOCO, drops=((r"head\.", "projector head"),), outside=(
+            (r"(.*\.)?momentum_encoder\.", "momentum encoder"),
+            (r"(.*\.)?base_encoder\.", "base encoder"), (r"(.*\.)?predictor\.", "predictor"),
+        ),
     ),
-    _dino("DINOv2", "teacher"), _dino("DINOv2", "student"),
-    _dino("DINO", "teacher"), _dino("DINO", "student"),
     _Layout(
-        "MAE, encoder and decoder", "mae", ("model", ""), (r"decoder_embed\.", r"blocks\."),
+        "MoCo v3, linear-probed", "mocov3", (r"head\.weight$",), proof=_is_mocos,
+        drops=(_CLASSIFIER,),
+        warning="this is MoCo v3's linear-probed file (linear-vit-*.pth.tar). VPT's README links "
+        "it and VPT's code loads it, so VPT's published numbers use it (KMnP/vpt#53). The gated "
+        "prompt paper builds on VPT's setup; its code reads either file. The self-supervised file "
+        "is vit-*-300ep.pth.tar",
+    ),
+    _Layout(
+        "MoCo v3, encoder", "mocov3", proof=_is_mocos, drops=((r"head\.", "projector head"),),
+    ),
+    _Layout(
+        "DINOv2", "dinov2", (r"mask_token$",), drops=((r"mask_token$", "mask token"),),
+        convert=_dinov2, **_DINO,
+    ),
+    _Layout("DINO", "dino", **_DINO),
+    _Layout(
+        "MAE, encoder and decoder", "mae", (r"decoder_embed\.",),
         drops=((r"decoder_", "decoder"), (r"mask_token$", "mask token")),
     ),
     _Layout(
-        "MAE, fine-tuned", "mae-finetuned", ("model",), (r"fc_norm\.", r"head\."), r"norm\.",
+        "MAE, fine-tuned", "mae-finetuned", (r"head\.",), proof=_is_of_maes_finetuning,
         drops=(_CLASSIFIER,),
         warning="this MAE file was fine-tuned with labels; the self-supervised file is "
         "mae_pretrain_vit_*.pth",
     ),
+    _Layout("MAE, encoder", "mae", absent=r"head\.|fc_norm\.", proof=_is_maes, drops=(_MASK,)),
     _Layout(
-        "MAE, encoder", "mae", ("model",),
-        (r"blocks\.0\.attn\.qkv\.bias$", r"norm\.", r"cls_token$"),
-        r"head\.|fc_norm\.|reg|mask_token|storage_tokens|lm_head|blocks\.\d+\.(ls1|gamma_1)",
+        "DINOv2", "dinov2", (r"mask_token$", r"blocks\..*\.ls1\.gamma$"), r"storage_tokens",
+        drops=((r"mask_token$", "mask token"),), convert=_dinov2,
     ),
     _Layout(
-        "DINOv2", "dinov2", ("", "model"), (r"mask_token$", r"blocks\..*\.ls1\.gamma$"),
-        r"storage_tokens", drops=((r"mask_token$", "mask token"),), convert=_dinov2,
-    ),
-    _Layout(
-        "CLIP, vision tower", "clip", ("", "state_dict", "model"),
-        (_TOWER + r"(patch_embed|conv1)\.",),
+        "CLIP, vision tower", "clip", (r"visual\.",),
         drops=(
-            (r"(?!(module\.)?visual\.)", "text tower"),
-            (r"(module\.)?visual\.(proj$|(trunk\.)?head\.)", "projection"), _MASK, _ROTARY,
+            (r"(?!visual\.)", "text tower"),
+            (r"visual\.(proj$|(trunk\.)?head\.)", "projection"), _MASK, _ROTARY,
         ),
         convert=_by_timm,
     ),
     _Layout(
-        "DINOv3", "dinov3", ("", "model"), (r"storage_tokens$",), drops=(_MASK, _ROTARY),
-        convert=_by_timm,
+        "DINOv3", "dinov3", (r"storage_tokens$",), drops=(_MASK, _ROTARY), convert=_by_timm,
     ),
     _Layout(
-        "timm's names", "timm", ("", "model", "state_dict", "model_ema", "module"),
-        (r"patch_embed\.proj\.weight$", r"blocks\.0\."), drops=(_CLASSIFIER, _MASK, _ROTARY),
+        "timm's names", "timm", (r"blocks\.0\.",), drops=(_CLASSIFIER, _MASK, _ROTARY),
         convert=_by_timm,
     ),
 )
 # fmt: on
 
-
-_ENCODERS = (
-    "MoCo v3 has module.base_encoder.* or module.momentum_encoder.* in its state_dict, DINO "
-    "backbone.* in its teacher or student"
+# (a pattern of a place that shows the choice, {which: pattern of its place}); the first is taken
+# without being asked for.
+_CHOICES = (
+    (_MOCO, {"base": r".*base_encoder\.$", "momentum": r".*momentum_encoder\.$"}),
+    (r"(teacher|student)/", {"teacher": r"teacher/", "student": r"student/"}),
+    (
+        r"(state_dict|model)_ema/",
+        {"ema": r"(state_dict|model)_ema/", "raw": r"(state_dict|model)/"},
+    ),
+    (r"target_encoder/", {"target": r"target_encoder/", "encoder": r"encoder/"}),
 )
+_EMA_NOTES = {
+    "ema": "the EMA weights, as timm takes them; which='raw' loads the others",
+    "raw": "the weights that are not the EMA; which='ema' loads the EMA",
+}
+
+# What stands before one of these is the prefix: module. of DDP, _orig_mod. of torch.compile, model.
+# or another attribute of a Lightning module, all of them stacked.
+_ENCODER = re.compile(r"(|.*?\.)((visual\.(trunk\.)?)?patch_embed\.proj|visual\.conv1)\.weight")
 
 
-def _recognise(file: Mapping, which: str | None) -> tuple[_Layout, Mapping]:
-    entries = {"": file} | {name: v for name, v in file.items() if isinstance(v, Mapping)}
-    found = [
-        (layout, entries[entry])
-        for layout in LAYOUTS
-        for entry in layout.entries
-        if entry in entries and layout.matches(entries[entry])
-    ]
-    if not found:
-        names = max(entries.values(), key=lambda c: sum(isinstance(v, Tensor) for v in c.values()))
-        asks = "teacher" in file or "student" in file or "state_dict" in file
-        raise CheckpointError(
-            f"load_backbone: no known layout has the file's {len(names)} keys, {first_names(names)}"
-            + (f"; which encoder? with which={which!r}, {_ENCODERS}" if asks else "")
+@dataclass(frozen=True)
+class _Encoder:
+    """A ViT of a file: what one of its entries ("": the file itself) has after one prefix."""
+
+    entry: str
+    prefix: str
+    tensors: dict
+    outside: tuple[str, ...]  # the names without the prefix
+    layout: _Layout
+
+    @property
+    def place(self) -> str:
+        return f"{self.entry}/{self.prefix}"
+
+
+def _entries(file: Mapping) -> dict[str, dict]:
+    """The file itself and the dicts in it."""
+    entries = (("", file), *file.items())
+    return {
+        str(entry): {str(name): value for name, value in content.items()}
+        for entry, content in entries
+        if isinstance(content, Mapping)
+    }
+
+
+def _encoders(file: Mapping) -> list[_Encoder]:
+    found = []
+    for entry, content in _entries(file).items():
+        anchors = (_ENCODER.fullmatch(n) for n, v in content.items() if isinstance(v, Tensor))
+        prefixes = {anchor[1]: {} for anchor in anchors if anchor}
+        of = sorted(prefixes, key=len, reverse=True)  # a name belongs to the longest
+        for name, value in content.items():
+            prefix = next((prefix for prefix in of if name.startswith(prefix)), None)
+            if prefix is not None:
+                prefixes[prefix][name.removeprefix(prefix)] = value
+        for prefix, tensors in prefixes.items():
+            place = f"{entry}/{prefix}"
+            own = {prefix + name for name in tensors}
+            outside = tuple(name for name in content if name not in own)
+            for layout in LAYOUTS:
+                if layout.fits(place, tensors, file):
+                    found.append(_Encoder(entry, prefix, tensors, outside, layout))
+                    break
+    return found
+
+
+def _recognise(file: Mapping, which: str | None) -> tuple[_Encoder, str | None, list[str]]:
+    """The encoder to load, its choice where there is one, and notes."""
+    encoders = _encoders(file)
+    if not encoders:
+        names = max(
+            _entries(file).values(), key=lambda c: sum(isinstance(v, Tensor) for v in c.values())
         )
-    first = found[0][0]
-    if first.which is None:
+        raise CheckpointError(
+            f"load_backbone: no known layout has the file's {len(names)} keys, "
+            f"{first_names(names)}; a ViT has patch_embed.proj.weight and blocks.0.*, perhaps "
+            "after a prefix"
+        )
+    words = encoders[0].layout.words
+    default, choices = _choices(encoders)
+    if len(encoders) == 1 and default is None:
         if which is not None:
             raise ValueError(
-                f"load_backbone: which must be None for a file of one encoder ({first.words}), "
+                f"load_backbone: which must be None for a file of one encoder ({words}), "
                 f"got {which!r}"
             )
-        return found[0]
-    family = [layout for layout in LAYOUTS if layout.source == first.source and layout.which]
-    choices = {layout.which: (layout, tensors) for layout, tensors in found if layout in family}
-    wanted = which or family[0].which
+        return encoders[0], None, []
+    wanted = default if which is None else which
     if wanted not in choices:
         raise ValueError(
-            f"load_backbone: which must be one of {tuple(choices)} for this file ({first.words}), "
-            f"got {which!r}" + ("" if which else f", which means {wanted!r}")
+            f"load_backbone: which must be one of {tuple(choices)} for this file ({words}), "
+            f"got {which!r}" + (f", which means {default!r}" if which is None and default else "")
         )
-    return choices[wanted]
+    has_both = default == "ema" and len(choices) == 2
+    return choices[wanted], wanted, [_EMA_NOTES[wanted]] if has_both else []
+
+
+def _choices(encoders: list[_Encoder]) -> tuple[str | None, dict[str, _Encoder]]:
+    """The default, if there is one, and the encoders by `which`."""
+    for sign, places in _CHOICES:
+        if any(re.match(sign, encoder.place) for encoder in encoders):
+            named = [(w, e) for w, p in places.items() for e in encoders if re.match(p, e.place)]
+            if len(dict(named)) == len(named) == len(encoders):
+                return next(iter(places)), dict(named)
+    is_one_entry = len({encoder.entry for encoder in encoders}) == 1
+    return None, {(e.prefix if is_one_entry else e.place).rstrip("/."): e for e in encoders}
 
 
 # ---- loading ----
@@ -270,14 +365,19 @@ def load_backbone(
 
     Reads MAE (encoder, with decoder, fine-tuned), MoCo v3 (both encoders, linear-probed), DINO and
     DINOv2 (flat, full, training teacher; registers), and what timm's converters read: timm's own
-    names, CLIP and SigLIP vision towers, EVA, DINOv3. A classifier is never loaded. Position
-    embeddings are resampled to the model's image size (bicubic, antialiased).
+    names, CLIP and SigLIP vision towers, EVA, DINOv3. Any prefix may stand before the names, such
+    as those of DDP, torch.compile, Lightning and I-JEPA. MAE's encoder and MoCo v3's linear-probed
+    file are told from other files by their fixed position embeddings. A classifier is never loaded.
+    Position embeddings are resampled to the model's image size (bicubic, antialiased), and an RGB
+    patch embedding is adapted to its channels as timm does it.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva`, not wrapped.
         source: A path for `read_checkpoint`, or what it returned.
-        which: "base" (default) or "momentum" for MoCo v3; "teacher" (default) or "student" for
-            DINO.
+        which: Of a file with several encoders, the one to load. "base" (default) or "momentum" for
+            MoCo v3; "teacher" (default) or "student" for DINO; "ema" (default) or "raw" for
+            training files of timm and DeiT with an EMA; "target" (default) or "encoder" for I-JEPA.
+            For other files there is no default, and the error names the choices.
         allow_nonfinite: Accept NaN and infinite weights.
         expect_sha256: See `read_checkpoint`.
 
@@ -288,7 +388,7 @@ def load_backbone(
     Raises:
         CheckpointError: unknown layout; a tensor missing, unexpected, of another shape, not finite.
             The model is as it was.
-        ValueError: which does not fit the file.
+        ValueError: which does not fit the file, or is needed.
         TypeError: vit is neither.
         RuntimeError: vit is wrapped, or on the meta device.
     """
@@ -302,22 +402,26 @@ def load_backbone(
         source = read_checkpoint(source, expect_sha256=expect_sha256)
     elif expect_sha256 is not None:
         raise ValueError(f"{who}: expect_sha256 needs a path, got a {type(source).__name__}")
-    layout, entry = _recognise(source, which)
-    notes, dropped, kept, strangers = [], collections.defaultdict(list), {}, []
-    for name, value in entry.items():
-        words = next((w for pattern, w in layout.drops if re.match(pattern, str(name))), None)
-        prefix = re.match(layout.prefix, str(name))
-        if words is not None:
-            dropped[words].append(name)
-        elif prefix is None:
-            strangers.append(name)
+    encoder, choice, notes = _recognise(source, which)
+    layout = encoder.layout
+    words = layout.words if choice is None else f"{layout.words}, {choice}"
+    dropped, kept, strangers = collections.defaultdict(list), {}, []
+    for name, value in encoder.tensors.items():
+        part = _part(name, layout.drops)
+        if part is not None:
+            dropped[part].append(encoder.prefix + name)
         elif not isinstance(value, Tensor):
             raise CheckpointError(f"{who}: {name!r} must be a tensor, got {type(value).__name__}")
-        elif name[prefix.end() :] in kept:
-            raise CheckpointError(f"{who}: two tensors of the file are {name[prefix.end() :]!r}")
         else:
-            kept[name[prefix.end() :]] = value.detach()
-    notes += [f"dropped {len(names)} ({words})" for words, names in dropped.items()]
+            kept[name] = value.detach()
+    for name in encoder.outside:
+        part = "" if layout.outside is None else _part(name, layout.outside)
+        (strangers if part is None else dropped[part]).append(name)
+    left_out = dropped.pop("", [])
+    notes += [f"dropped {len(names)} ({part})" for part, names in dropped.items()]
+    if left_out:
+        names = first_names(left_out)
+        notes.append(f"left out {len(left_out)} outside {encoder.prefix!r} ({names})")
     state = layout.convert(kept, vit, notes) if layout.convert else kept
     is_masked_eva = isinstance(vit, eva.Eva) and _MASK[1] in dropped
     if (layout.source == "mae" or is_masked_eva) and isinstance(vit.norm, nn.Identity):
@@ -328,7 +432,8 @@ def load_backbone(
     targets = vit.state_dict()
     missing = tuple(name for name in targets if re.match(r"head(_dist)?\.", name))
     targets = {name: target for name, target in targets.items() if name not in missing}
-    _check_names(f"{who}: {layout.words}", targets, state, strangers)
+    _check_names(f"{who}: {words}", targets, state, strangers)
+    _fit_channels(state, vit, notes)
     if layout.source == "mocov3" and vit.embed_dim == 384 and vit.blocks[0].attn.num_heads != 12:
         raise CheckpointError(
             f"{who}: MoCo v3's ViT-S has 12 heads, which its tensors don't show, and vit has "
@@ -336,17 +441,21 @@ def load_backbone(
         )
     if layout.convert is not _by_timm:
         _fit_positions(state, vit, notes)
-    values = _checked_values(f"{who}: {layout.words}", targets, state, allow_nonfinite)
+    values = _checked_values(f"{who}: {words}", targets, state, allow_nonfinite)
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)
     vit._gated_prompt_source = layout.source
     if layout.warning is not None:
         warnings.warn(f"{who}: {layout.warning}", stacklevel=2)
-    everything = tuple(name for names in dropped.values() for name in names)
-    report = LoadReport(layout.words, len(values), len(targets), everything, tuple(notes), missing)
+    everything = tuple(name for names in (*dropped.values(), left_out) for name in names)
+    report = LoadReport(words, len(values), len(targets), everything, tuple(notes), missing)
     _log.info("%s: %s", who, report)
     return report
+
+
+def _part(name: str, parts: tuple[tuple[str, str], ...]) -> str | None:
+    return next((words for pattern, words in parts if re.match(pattern, name)), None)
 
 
 def _check_family(who: str, vit: nn.Module) -> None:
@@ -390,6 +499,21 @@ def _checked_values(who: str, targets: Mapping, state: Mapping, allow_nonfinite:
                 f"elements in {value.dtype}"
             )
     return values
+
+
+def _fit_channels(state: dict, vit: nn.Module, notes: list) -> None:
+    """The patch embedding of an RGB file -> the channels of the model, as timm does it."""
+    name, wanted = "patch_embed.proj.weight", vit.patch_embed.proj.in_channels
+    got = state[name].shape[1] if state[name].ndim == 4 else wanted
+    if got == wanted:
+        return
+    if got != 3:
+        raise CheckpointError(
+            f"load_backbone: {name} must have {wanted} input channels, or 3 to be adapted, got "
+            f"{got}: build vit with in_chans={got}"
+        )
+    state[name] = adapt_input_conv(wanted, state[name])
+    notes.append(f"patch embedding adapted from 3 input channels to {wanted}")
 
 
 def _fit_positions(state: dict, vit: nn.Module, notes: list) -> None:
