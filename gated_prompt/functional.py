@@ -69,7 +69,7 @@ def prompt_gate(
     )
     if is_traced(block_out, block_in, gate_logit):
         new = _gated_rows(block_out[:, start : start + length], rows, gate_logit, rule)
-        return block_out.slice_scatter(new, 1, start, start + length)
+        return _with_rows(block_out, new, start, length)
     block_out = _own_copy("prompt_gate", block_out)
     return _apply("prompt_gate", block_out, rows, None, (gate_logit,), start, length, rule)
 
@@ -163,7 +163,7 @@ def prompt_gate_linear(
     if is_traced(block_out, block_in, weight, bias):
         h = block_out[:, start : start + length]
         new = _gated_rows(h, rows, linear_logit(h, weight, bias), rule)
-        return block_out.slice_scatter(new, 1, start, start + length)
+        return _with_rows(block_out, new, start, length)
     block_out = _own_copy("prompt_gate_linear", block_out)
     return _apply("prompt_gate_linear", block_out, rows, None, (weight, bias), start, length, rule)
 
@@ -246,6 +246,11 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
 def _traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: int, length: int):
     """h and x, copied from what is, or may later be, overwritten, since the products save them; and
     the rows to write."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "prompt_gate_: torch.onnx.export(dynamo=False) leaves writes to slices out of the "
+            "file; use dynamo=True, or prompt_gate (prompt_gate_linear)"
+        )
     if carrier is not None and carrier.requires_grad and not rows.requires_grad:
         raise RuntimeError(
             "prompt_gate_: a compiled or transformed gate sends its gradient through block_in, not "
@@ -260,6 +265,12 @@ def _traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start:
 def _traced_result(block_out: Tensor, carrier: Tensor | None, start: int, length: int):
     # the gradient has gone to block_in; for the next gate it comes back through these rows
     return block_out if carrier is None else (block_out, block_out[:, start : start + length])
+
+
+def _with_rows(block_out: Tensor, new: Tensor, start: int, length: int) -> Tensor:
+    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) has no slice_scatter
+        return torch.cat([block_out[:, :start], new, block_out[:, start + length :]], dim=1)
+    return block_out.slice_scatter(new, 1, start, start + length)
 
 
 def _gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gated_prompt.functional import (
     RULES,
+    is_traced,
     prompt_gate,
     prompt_gate_,
     prompt_gate_linear,
@@ -27,6 +28,11 @@ GATES = {  # name: shape of its parameter
 POSITIONS = ("start", "end")
 PROMPT_INITS = ("uniform", "normal")
 _CLOSED = -5.0  # sigmoid(-5) = 0.0067
+
+
+# A symbolic trace (torch.fx) keeps calls of these as they are.
+torch.fx.wrap("prompt_gate")
+torch.fx.wrap("prompt_gate_linear")
 
 
 class PromptGate(nn.Module):
@@ -96,18 +102,22 @@ class PromptGate(nn.Module):
         start: int,
         length: int,
         carrier: Tensor | None = None,
+        *,
+        inplace: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Gates rows [start, start + length) of block_out [B, N, D]; in place unless compiled.
+        """Gates rows [start, start + length) of block_out [B, N, D].
 
-        carrier: see `gated_prompt.prompt_gate_`; with one, a pair is returned.
+        carrier: see `gated_prompt.prompt_gate_`; with one, a pair is returned. inplace: Write into
+        block_out, but under torch.compile, tracing and torch.func; False: never, where others may
+        keep what the block returned.
         """
         logit = self.logit
         gate = (self.weight, self.bias) if logit is None else (logit,)
         arguments = (block_out, block_in, *gate, start, length, self.rule)
-        if not torch.compiler.is_compiling():
+        if inplace and not is_traced(block_out, block_in, *gate):
             function = prompt_gate_linear_ if logit is None else prompt_gate_
             return function(*arguments, carrier=carrier)
-        # a compiler fuses the out-of-place form into the ops around it, carriers or not
+        # a compiler fuses this into the ops around it, carriers or not
         out = (prompt_gate_linear if logit is None else prompt_gate)(*arguments)
         return out if carrier is None else (out, out[:, start : start + length])
 
@@ -180,7 +190,7 @@ class PromptTokens(nn.Module):
             first carrier of `prompt_gate_`; and the position of the first one.
         """
         start = num_prefix_tokens if self.position == "start" else x.shape[1]
-        prompts = self.dropout(self.tokens.expand(x.shape[0], -1, -1)).to(x.dtype)
+        prompts = _expanded(self, self.tokens, x)
         return torch.cat([x[:, :start], prompts, x[:, start:]], dim=1), prompts, start
 
     def extra_repr(self) -> str:
@@ -210,10 +220,18 @@ class DeepPromptTokens(nn.Module):
 
     def forward(self, block: int, like: Tensor) -> Tensor:
         """The prompts that enter `block` >= 1, [B, P, D], in batch size and dtype of like."""
-        return self.dropout(self.tokens[block - 1].expand(len(like), -1, -1)).to(like.dtype)
+        return _expanded(self, self.tokens[block - 1], like)
 
     def extra_repr(self) -> str:
         return f"{list(self.tokens.shape)}, init={self.init}"
+
+
+def _expanded(module, tokens: Tensor, like: Tensor) -> Tensor:
+    """tokens [P, D] after dropout, [B, P, D] in batch size and dtype of like."""
+    if not torch.is_grad_enabled():
+        tokens = tokens.detach()  # a view of a parameter confuses torch's FlopCounterMode there
+    tokens = tokens.expand(like.shape[0], -1, -1)
+    return (module.dropout(tokens) if module.training else tokens).to(like.dtype)
 
 
 def _check_positive_int(owner: str, name: str, value) -> None:

@@ -358,12 +358,12 @@ def linear_logit(h, weight, bias):
         return torch.nn.functional.linear(h.to(dtype), weight.to(dtype), bias)
 
 
-def _is_autocast(device_type):
+def is_autocast(device_type):
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type):
-    if not _is_autocast(device_type):
+    if not is_autocast(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -398,7 +398,7 @@ def _backward(ctx, grad_out, grad_carrier, counts, gradients):
     given = (ctx, grad_out.resolve_neg(), grad_carrier, needs[0], needs[1] or needs[2])
     bwd = functools.partial(_bwd_in_aten if is_batched else _bwd_kernel, *given)
     device_type = grad_out.device.type
-    if torch.is_grad_enabled() or _is_autocast(device_type):
+    if torch.is_grad_enabled() or is_autocast(device_type):
         with torch.no_grad(), no_autocast(device_type):
             grad_out, grad_in, *of_gate = gradients(ctx, bwd)
     else:
@@ -488,8 +488,9 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "prompt_gate: the kernels have no second derivative; "
-            "use gated_prompt.reference.prompt_gate (prompt_gate_linear)"
+            "prompt_gate: the kernels have no second derivative; use torch.func (grad, jvp, "
+            "hessian), which also serves what wrap returns, or gated_prompt.reference.prompt_gate "
+            "(prompt_gate_linear)"
         )
 
 
