@@ -24,7 +24,13 @@ from shapes import MODELS, chosen
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_peers import attention
 
-from gated_prompt.attention import TemperedAttention, tempered_attention, unavailable_reason
+from gated_prompt import shortcuts
+from gated_prompt.attention import (
+    Temperatures,
+    Tempering,
+    tempered_attention,
+    unavailable_reason,
+)
 
 pytestmark = timed_here
 
@@ -119,8 +125,14 @@ class Layer(Kernel):
             function = functools.partial(attention, self.attn)
         else:
             backend = peer.split()[1]
-            function = TemperedAttention(self.attn, 1.2, learnable=True, backend=backend)
-            self.leaves.append(function.temperature)
+            temperatures = Temperatures(1, self.device)
+            torch.nn.init.constant_(temperatures[0], 1.2)
+            tempering = Tempering(self.attn, temperatures, 0)
+
+            def function(x):
+                return shortcuts.attention(self.attn, x, None, None, tempering, backend)
+
+            self.leaves.append(temperatures[0])
         self.function = compiled(function, COMPILED.get(f",{how}"))
         self.takes_tau = peer == "original"
         self.gradient = self.randn(*case.size)
@@ -134,6 +146,8 @@ class Layer(Kernel):
 
     def plain(self, x, tau=1.0):
         attn = copy.deepcopy(self.attn).to(x.dtype)
+        if isinstance(attn.q_norm, Tempering):
+            attn.q_norm.leave()
         return attention(attn, x, torch.as_tensor(tau, dtype=x.dtype, device=x.device))
 
 

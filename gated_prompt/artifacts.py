@@ -22,13 +22,24 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gated_prompt import __version__
-from gated_prompt.attention import TemperedAttention
+from gated_prompt.attention import original_norm
 from gated_prompt.backbones import create_backbone
 from gated_prompt.checkpoint import CheckpointError, first_names
 from gated_prompt.prompt_init import DATA_INITS
-from gated_prompt.vit import GatedPromptViT, check_backbone, unpatched_name, unwrap, wrap
+from gated_prompt.shortcuts import attention_of, uncompiled
+from gated_prompt.vit import (
+    GatedPromptViT,
+    check_backbone,
+    has_our_forward,
+    make_tuned,
+    originals_of,
+    unpatched_name,
+    unwrap,
+    wrap,
+)
 
 FORMAT = 1
 TENSORS, CONFIG = "tuned.safetensors", "config.json"
@@ -88,7 +99,12 @@ def save_tuned(
         raise TypeError(f"save_tuned: class_names must be a list, got {class_names!r}")
     is_linear = type(model.head) is nn.Linear and model.head.bias is not None
     if not (is_linear or type(model.head) is nn.Identity):
-        raise ValueError(f"save_tuned: head must be as reset_classifier makes it, got {model.head}")
+        raise ValueError(
+            f"save_tuned: head must be as reset_classifier makes it, got {model.head}; save "
+            "tuned_state_dict(model), and load it into a model that you have built alike"
+        )
+    _check_can_be_made(model)
+    _warn_of_hooks(model)
     tensors = {name: p.detach().cpu().contiguous() for name, p in _tuned(model).items()}
     data = safetensors.torch.save(tensors, {"format": "pt"})
     dtype = model.options["frozen_dtype"]
@@ -98,7 +114,7 @@ def save_tuned(
         "options": {**model.options, "frozen_dtype": None if dtype is None else str(dtype)[6:]},
         "class_names": None if class_names is None else list(class_names),
         "metrics": metrics,
-        "backbone": _identity(model.backbone, tensors, model._before_narrowing),
+        "backbone": _identity(model.backbone, tensors),
         "tensors": {name: _describe(tensor) for name, tensor in tensors.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -167,7 +183,9 @@ def load_tuned(
         saved["prompt_init"] = "uniform"  # to be overwritten, and needs no images
     try:
         saved["frozen_dtype"] = _DTYPES.get(saved["frozen_dtype"], saved["frozen_dtype"])
-        model = wrap(vit, **(saved | options))
+        with warnings.catch_warnings():  # what was tuned is trainable again below
+            warnings.filterwarnings("ignore", message=r"wrap: \d+ parameters of vit were trainable")
+            model = wrap(vit, **(saved | options))
         try:
             model.options["prompt_init"] = own_init
             _fit(model, tensors)
@@ -197,7 +215,8 @@ def read_config(folder: str | os.PathLike) -> dict:
 
 
 def tuned_state_dict(model: GatedPromptViT) -> dict[str, Tensor]:
-    """What was tuned, by the names of `model.tuned_parameters()`; detached, not copied."""
+    """What was tuned, by the names of `model.tuned_parameters()`, and the buffers (of a BatchNorm)
+    beside it; detached, not copied."""
     _check_model("tuned_state_dict", model)
     return {name: parameter.detach() for name, parameter in _tuned(model).items()}
 
@@ -256,29 +275,110 @@ def _check_model(who: str, model) -> None:
     model.require_wrapped(who)
 
 
-def _tuned(model: GatedPromptViT) -> dict[str, nn.Parameter]:
-    """`model.tuned_parameters()`, and what the wrapper added even where the user froze it."""
-    named = {unpatched_name(name): parameter for name, parameter in model.named_parameters()}
-    return {n: p for n, p in named.items() if p.requires_grad or not n.startswith("backbone.")}
+def _tuned(model: GatedPromptViT) -> dict[str, Tensor]:
+    """`model.tuned_parameters()`, and what the wrapper and the user have added even where it is
+    frozen; with the state that is no parameter: of what was added, and of the modules of the
+    backbone that have tuned parameters or that track statistics."""
+    tuned = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, last = name.rpartition(".")
+        if name.startswith("backbone."):
+            is_ours = (
+                tensor.requires_grad
+                if isinstance(tensor, nn.Parameter)
+                else _is_beside_what_is_tuned(model, owner)
+            )
+        else:
+            is_ours = True
+            if last == "_extra_state":
+                raise ValueError(
+                    f"tuned_state_dict: the state of a model must be tensors, got extra state of "
+                    f"{owner!r}; save model.state_dict()"
+                )
+        if is_ours:
+            tuned[unpatched_name(name)] = tensor
+    return tuned
+
+
+def _is_beside_what_is_tuned(model: nn.Module, owner: str) -> bool:
+    """Whether a buffer's owner tracks statistics, or is in a module with something tuned."""
+    module = model.get_submodule(owner)
+    if type(module).__module__.startswith("timm."):  # constants
+        return False
+    if hasattr(module, "track_running_stats"):
+        return True
+    while owner != "backbone":
+        flags = [parameter.requires_grad for parameter in model.get_submodule(owner).parameters()]
+        if flags:
+            return any(flags)
+        owner = owner.rpartition(".")[0]
+    return False
+
+
+def _check_can_be_made(model: GatedPromptViT) -> None:
+    """Raises ValueError where `load_tuned`, which makes the parts by the options, could not."""
+    parts = zip(
+        ("prompts", "deep_prompts", "gates", "head"),
+        (*make_tuned(model.backbone, model.options), None), strict=True,
+    )  # fmt: skip
+    wanted = {f"temperatures.{i}": [1] for i in range(len(model.temperatures))}
+    for name, part in parts:
+        part = nn.ModuleList(part) if isinstance(part, list) else part
+        part = model.head if name == "head" else part
+        state = {} if part is None else part.state_dict()
+        wanted |= {f"{name}.{key}": list(tensor.shape) for key, tensor in state.items()}
+    if isinstance(model.head, nn.Linear):
+        wanted = {n: s for n, s in wanted.items() if not n.startswith("head.")}
+        wanted |= {"head.weight": list(model.head.weight.shape), "head.bias": [model.num_classes]}
+    got = {n: list(t.shape) for n, t in _tuned(model).items() if not n.startswith("backbone.")}
+    differing = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
+    if differing:
+        raise ValueError(
+            f"save_tuned: model must have what wrap makes by its options, got other "
+            f"{first_names(differing)}, which load_tuned could not make; save "
+            "tuned_state_dict(model), and load it into a model that you have built alike"
+        )
+
+
+def _warn_of_hooks(model: GatedPromptViT) -> None:
+    """A file holds tensors. torch's own hooks shard or observe."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        own = vars(module).get("forward")
+        if own is not None and not has_our_forward(module):
+            hooks.append(own)
+        own_hooks = ("torch.", "accelerate.", "gated_prompt.")
+        if any(not (getattr(h, "__module__", None) or "").startswith(own_hooks) for h in hooks):
+            warnings.warn(
+                f"save_tuned: {name!r} has a hook or a forward of its own, which is not saved; put "
+                "it on again after load_tuned",
+                stacklevel=3,
+            )
+            return
 
 
 def _describe(tensor: Tensor) -> str:
-    """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies."""
+    """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies; of a quantised one, of the
+    tensors that it is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [_describe(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return f"{type(tensor).__name__} {list(tensor.shape)} {digest}"
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def _identity(vit: nn.Module, tuned: Mapping, narrowed=()) -> dict:
-    """What tells a backbone from others: as timm has it, but for `tuned` and its own unused head.
-
-    narrowed: (parameter, original) of those that the wrapper keeps in another dtype.
-    """
-    originals = {id(parameter): original for parameter, original in narrowed}
+def _identity(vit: nn.Module, tuned: Mapping) -> dict:
+    """What tells a backbone from others: as timm has it, but for `tuned` and its own unused head;
+    what the wrapper keeps in another dtype counts as it was."""
+    originals = originals_of(vit)
     state = {unpatched_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
     lines = [
         f"{name} {_describe(originals.get(id(tensor), tensor))}\n"
         for name, tensor in sorted(state.items())
-        if name not in tuned and re.match(r"backbone\.(?!head\.)", name)
+        if name not in tuned
+        and re.match(r"backbone\.(?!head\.)", name)
+        and isinstance(tensor, Tensor)
     ]
     config = getattr(vit, "pretrained_cfg", None) or {}
     config = config if isinstance(config, dict) else vars(config)
@@ -297,17 +397,24 @@ def _identity(vit: nn.Module, tuned: Mapping, narrowed=()) -> dict:
 
 def _facts(vit: nn.Module) -> dict:
     """What of an architecture decides its results, most of which the tensors don't show."""
-    block, embed, rope = vit.blocks[0], vit.patch_embed, getattr(vit, "rope", None)
-    attn = getattr(block, "attn", None)
-    attn = attn.attn if isinstance(attn, TemperedAttention) else attn
+    block, embed, rope = uncompiled(vit.blocks[0]), vit.patch_embed, getattr(vit, "rope", None)
+    attn = attention_of(block)
+
+    def of_blocks(function):
+        """What all blocks have, or a list of what each has."""
+        found = [function(uncompiled(block)) for block in vit.blocks]
+        return found[0] if all(each == found[0] for each in found) else found
+
+    q_norm = getattr(attn, "q_norm", None)
+    q_norm = original_norm(q_norm)
     registers = getattr(vit, "reg_token", None)
     norms = {
         "norm_pre": vit.norm_pre, "norm1": getattr(block, "norm1", None),
-        "q_norm": getattr(attn, "q_norm", None), "norm": vit.norm, "fc_norm": vit.fc_norm,
+        "q_norm": q_norm, "norm": vit.norm, "fc_norm": vit.fc_norm,
     }  # fmt: skip
     return {
         "model": type(vit).__name__,
-        "block": type(block).__name__,
+        "block": of_blocks(lambda block: type(block).__name__),
         "img_size": embed.img_size,
         "patch_size": embed.patch_size,
         "in_chans": embed.proj.in_channels,
@@ -317,7 +424,7 @@ def _facts(vit: nn.Module) -> dict:
         "num_prefix_tokens": vit.num_prefix_tokens,
         "num_reg_tokens": 0 if registers is None else registers.shape[1],
         "no_embed_class": getattr(vit, "no_embed_class", None),
-        "activation": repr(getattr(getattr(block, "mlp", None), "act", None)),
+        "activation": of_blocks(lambda b: repr(getattr(getattr(b, "mlp", None), "act", None))),
         **{n: f"{type(m).__name__}, eps={getattr(m, 'eps', None)}" for n, m in norms.items()},
         "rope": rope and {"kind": type(rope).__name__} | {n: getattr(rope, n, None) for n in _ROPE},
     }
@@ -333,7 +440,10 @@ def _differences(saved: dict, got: dict) -> str:
     ]
     if not words and saved["frozen_sha256"] != got["frozen_sha256"]:
         (wanted, got) = (f"{i['architecture']}.{i['tag']}, {i['source']}" for i in (saved, got))
-        words = [f"frozen weights with another SHA-256 ({wanted!r}), got {got!r}"]
+        words = [
+            f"frozen weights, or their names, with another SHA-256 ({wanted!r}), got {got!r}; put "
+            "adapters and the like on the backbone before load_tuned, as they were"
+        ]
     return "; ".join(words)
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with a learnable temperature, folded into frozen weights; all that imports xformers."""
+"""Attention with a learnable temperature, also folded into frozen weights; all that imports
+xformers."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from gated_prompt.ops import divide_rows, no_autocast, ranged, require_kernels, 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 TEMPERATURE_RANGE = (0.01, 10.0)
 _log = logging.getLogger(__name__)
+torch.fx.wrap("tempered")  # a symbolic trace keeps calls of it as they are
 
 
 def tempered_attention(
@@ -94,7 +97,7 @@ def tempered(q: Tensor, temperature: Tensor | float) -> Tensor:
     """q / clamp(temperature)."""
     if not isinstance(temperature, Tensor):
         return q if temperature == 1 else q / clamped(temperature)
-    if _is_transformed(q, temperature):
+    if is_transformed(q, temperature):
         return q / clamp_straight_through(temperature)
     return _TemperedQuery.apply(q, temperature)
 
@@ -105,7 +108,7 @@ def _differentiable(temperature: Tensor) -> Tensor:
     return clamp_straight_through(temperature) if grads else clamped(temperature)
 
 
-def _is_transformed(*tensors: Tensor) -> bool:
+def is_transformed(*tensors: Tensor) -> bool:
     """Whether something looks on that our autograd Functions can't serve; torch.compile they can:
     it then keeps a third of a [B, N, D] less per block than for a q that is divided itself."""
     return is_traced(*tensors) and not torch.compiler.is_dynamo_compiling()
@@ -150,6 +153,138 @@ class _TemperedQuery(torch.autograd.Function):
         )
 
 
+class Temperatures(nn.Module):
+    """One learnable temperature [1] for each of `count` blocks, float32; "0", "1", ... are their
+    names."""
+
+    def __init__(self, count: int, device: torch.device):
+        super().__init__()
+        for index in range(count):
+            self.register_parameter(str(index), nn.Parameter(torch.ones(1, device=device)))
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, index: int) -> nn.Parameter:
+        return list(self.parameters())[index]
+
+    def forward(self, index: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function(temperature `index`). A call of the module that has it: what shards or offloads
+        parameters brings them in at such calls."""
+        return function(getattr(self, str(index)))
+
+
+class Tempering(nn.Module):
+    """Divides the queries of a block's attention by a temperature, where timm's code makes them.
+
+    It takes the place of `attn.q_norm`, which all of timm's attentions call, and calls it. (A hook
+    would do in eager mode; torch.compile does not look whether a module that it has compiled has
+    hooks, but it sees another module.) A forward that somebody has put on the instance of the
+    attention may leave q_norm out; there the projection is hooked.
+
+    Attributes:
+        norm: The q_norm whose place it has.
+    """
+
+    def __init__(self, attn: nn.Module, temperatures: Temperatures | float, index: int):
+        super().__init__()
+        # no children of this module
+        vars(self).update(attn=None, temperatures=temperatures, index=index)
+        self.norm = None
+        self.follow(attn, temperatures)
+
+    def with_temperature(self, function: Callable[[Tensor | float], Tensor]):
+        """function(temperature)."""
+        if isinstance(self.temperatures, float):
+            return function(self.temperatures)
+        return self.temperatures(self.index, function)
+
+    def follow(self, attn: nn.Module | None, temperatures: Temperatures | float) -> None:
+        """Goes where the queries of the block are made now: modules may have been replaced, and one
+        attention may serve two blocks."""
+        if not hasattr(attn, "q_norm"):
+            raise RuntimeError(
+                f"GatedPromptViT: block {self.index} must have an `attn` with a `q_norm`, as "
+                f"timm's have, for its temperature, got {type(attn).__name__}; put `attn` on what "
+                "replaces the block, or wrap with temperature=False"
+            )
+        projection = _calls_projection_alone(attn)
+        is_there = attn is self.attn and attn.q_norm is self
+        is_there = is_there and temperatures is self.temperatures
+        is_there = is_there and (projection is None or self._hooks(projection))
+        if is_there:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"GatedPromptViT: the attention of block {self.index} was changed since it ran "
+                "last; run the model once without torch.compile, so that its temperature follows"
+            )
+        vars(self)["temperatures"] = temperatures
+        if attn.q_norm is not self:
+            self.leave()
+            self.norm = original_norm(attn.q_norm)
+            attn.q_norm = self
+        vars(self)["attn"] = attn
+        if projection is not None and not self._hooks(projection):
+            projection.register_forward_hook(self.after_projection)
+
+    def _hooks(self, projection: nn.Module) -> bool:
+        return self.after_projection in projection._forward_hooks.values()
+
+    def forward(self, q: Tensor) -> Tensor:
+        q = self.norm(q)
+        return q if _calls_projection_alone(self.attn) is not None else self.divided(q)
+
+    def divided(self, q: Tensor) -> Tensor:
+        return self.with_temperature(lambda temperature: tempered(q, temperature))
+
+    def after_projection(self, module: nn.Module, args, out: Tensor) -> Tensor | None:
+        if module is not _calls_projection_alone(self.attn):
+            return None  # what called it alone was taken off
+        if module is not self.attn.qkv:
+            return self.divided(out)
+        size = out.shape[-1] // 3
+        return torch.cat([self.divided(out[..., :size]), out[..., size:]], dim=-1)
+
+    def leave(self) -> None:
+        """Gives its place back, if it has one, with the hooks that others have put on it."""
+        if self.attn is None or self.attn.q_norm is not self:
+            return
+        self.attn.q_norm = self.norm
+        for module in self.attn.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook == self.after_projection]:
+                del hooks[key]
+        for kind in _HOOKS:
+            getattr(self.norm, kind).update(getattr(self, kind))
+            getattr(self, kind).clear()
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def original_norm(norm: nn.Module) -> nn.Module:
+    """A q_norm without temperings, such as a copy of an attention brings along."""
+    while isinstance(norm, Tempering):
+        norm = norm.norm
+    return norm
+
+
+def _calls_projection_alone(attn: nn.Module) -> nn.Module | None:
+    """What projects queries, if the attention may not call q_norm, and need not: its forward is the
+    instance's own."""
+    if "forward" not in vars(attn) or not isinstance(original_norm(attn.q_norm), nn.Identity):
+        return None
+    if attn.qkv is None:
+        return attn.q_proj
+    # with biases of its own, timm's Eva does not call qkv but reads its weight
+    return attn.qkv if getattr(attn, "q_bias", None) is None else None
+
+
 # ---- projection ----
 
 
@@ -181,32 +316,30 @@ def _has_kernel(weight, bias, temperature, dtype) -> bool:
         is_known = is_known and bias.dtype == weight.dtype and bias.is_contiguous()
     if not is_known or not weight.is_contiguous():
         return False
-    require_kernels("TemperedAttention", weight.device)
+    require_kernels("FrozenProjection", weight.device)
     return True
 
 
-class _FrozenProjection(torch.autograd.Function):
+class FrozenProjection(torch.autograd.Function):
     """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one; the first divided by tau.
 
     weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over them, not over
     q. x is not saved, nor the divided weight. In backward each part's gradient meets its rows of
-    the weight where it lies: unbind's backward would stack the three first. learned [B, P, C]: a
-    copy of the rows of x from `start` on, which gets their gradient in place of x, which then gets
-    none. Else None.
+    the weight where it lies: unbind's backward would stack the three first.
     """
 
     @staticmethod
-    def forward(ctx, x, learned, weight, bias, temperature, start, parts, head_dim):
+    def forward(ctx, x, weight, bias, temperature, parts, head_dim):
         device, dtype = x.device.type, x.dtype
         if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         folded, bias, tau = _folded(weight, bias, temperature, weight.shape[0] // parts, dtype)
         out = F.linear(x.to(dtype), folded, bias)  # autocast, too, would cast to dtype
-        outputs = out.view(*out.shape[:2], parts, -1, head_dim).unbind(2)
+        heads = weight.shape[0] // (parts * head_dim)
+        outputs = out.view(*out.shape[:2], parts, heads, head_dim).unbind(2)
         is_learned = isinstance(temperature, Tensor)
         ctx.save_for_backward(weight, *((temperature, tau, outputs[0]) if is_learned else ()))
         ctx.tau = None if is_learned else tau
-        ctx.rows = None if learned is None else slice(start, start + learned.shape[1])
         ctx.x_dtype = x.dtype
         ctx.set_materialize_grads(False)
         return outputs
@@ -219,15 +352,12 @@ class _FrozenProjection(torch.autograd.Function):
             temperature, tau, q = saved
             if torch.is_grad_enabled():  # a graph for second derivatives
                 tau = clamp_straight_through(temperature)
-            if ctx.needs_input_grad[4] and grads[0] is not None:
+            if ctx.needs_input_grad[3] and grads[0] is not None:
                 grad_temperature = _temperature_gradient(q, grads[0], tau, temperature)
-        if ctx.rows is not None:
-            grads = [None if grad is None else grad[:, ctx.rows] for grad in grads]
-        if any(ctx.needs_input_grad[:2]) and any(grad is not None for grad in grads):
+        if ctx.needs_input_grad[0] and any(grad is not None for grad in grads):
             with no_autocast(weight.device.type):
                 grad_x = _project_back(grads, weight, tau).to(ctx.x_dtype)
-        of_x = (grad_x, None) if ctx.rows is None else (None, grad_x)
-        return *of_x, None, None, grad_temperature, None, None, None
+        return grad_x, None, None, grad_temperature, None, None
 
 
 def _project_back(grads, weight, tau):
@@ -344,158 +474,3 @@ _KERNELS = {
     "xformers": ranged("attention xformers", _xformers_attention),
     "math": ranged("attention math", _math),
 }
-
-
-# ---- timm's attention ----
-
-
-class TemperedAttention(nn.Module):
-    """A timm attention whose softmax has a temperature; takes its place in a block, and can give
-    it back.
-
-    Attributes:
-        attn: The timm module, unchanged; its weights are used, its forward is not.
-        temperature: A learnable float32 parameter [1], or a constant float.
-    """
-
-    def __init__(self, attn: nn.Module, temperature: float, learnable: bool, backend: str):
-        super().__init__()
-        check_attention(attn)
-        self.attn = attn
-        self.backend = backend
-        self.temperature = (
-            nn.Parameter(torch.tensor([float(temperature)], device=attn.proj.weight.device))
-            if learnable
-            else float(temperature)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rows: slice | None = None,
-        learned: tuple[Tensor, int] | None = None,
-    ) -> Tensor:
-        """x [B, N, C] -> [B, N, C].
-
-        Args:
-            rope: timm's rotary embedding of the tokens after the prefix, [..., N', 2d].
-            rows: The result of these tokens alone, which attend to all.
-            learned: A copy of some rows of x, [B, P, C], and where they start: these are all of x
-                that is learned, and get the gradient. Only where `takes_learned_rows`.
-        """
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError("TemperedAttention: attention masks are not supported")
-        attn = self.attn
-        if attn.training and attn.attn_drop.p > 0:
-            raise NotImplementedError(
-                f"TemperedAttention: dropout of attention weights is not supported, got "
-                f"attn_drop={attn.attn_drop.p} in training mode"
-            )
-        layers, q_norm, k_norm = self._frozen_layers(x), attn.q_norm, attn.k_norm
-        folds = layers is not None and isinstance(q_norm, nn.Identity)
-        if layers is not None:
-            temperature = self.temperature if folds else 1.0
-            q, k, v = self._project(x, layers, temperature, rows, learned)
-        else:
-            q, k, v = self._project_as_timm(x)
-            q = q if rows is None else q[:, rows]
-        if not isinstance(q_norm, nn.Identity):
-            q = q_norm(q)
-        if not isinstance(k_norm, nn.Identity):
-            k = k_norm(k)
-        if rope is not None:
-            first = 0 if rows is None else rows.start
-            q, k = self._rotated(q, rope, first).type_as(v), self._rotated(k, rope, 0).type_as(v)
-        if not folds:
-            q = tempered(q, self.temperature)
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:
-            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
-        out = attn.norm(attend(q, k, v, self.backend).flatten(2))
-        gate = getattr(attn, "gate", None)  # timm's gated attention, newer than timm's first 1.0
-        if gate is not None:
-            out = out * gate(x if rows is None else x[:, rows]).sigmoid()
-        return attn.proj_drop(attn.proj(out))
-
-    def takes_learned_rows(self, x: Tensor) -> bool:
-        gate = getattr(self.attn, "gate", None)  # it reads x, too
-        return gate is None and self._frozen_layers(x) is not None
-
-    def _frozen_layers(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
-        """(weight, bias) of qkv, or of q, k and v, if they are plain linear layers, frozen and
-        without hooks; else None."""
-        attn = self.attn
-        qkv = attn.qkv
-        layers = []
-        for layer in (attn.q_proj, attn.k_proj, attn.v_proj) if qkv is None else (qkv,):
-            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-                return None
-            layers.append((layer.weight, layer.bias))
-        if attn._parameters.get("q_bias") is not None:  # Eva's
-            q_bias, v_bias = attn.q_bias, attn.v_bias
-            if q_bias.requires_grad or v_bias.requires_grad:
-                return None
-            layers = [(layers[0][0], torch.cat([q_bias, attn.k_bias, v_bias]))]
-        tensors = [t for layer in layers for t in layer if t is not None]
-        if any(t.requires_grad for t in tensors) or _is_transformed(x, *tensors):
-            return None
-        return layers
-
-    def _project(self, x, layers, temperature, rows, learned):
-        """q [B, M, H, d] of the rows, divided by the temperature; k and v [B, N, H', d]."""
-        size, run = self.attn.head_dim, _FrozenProjection.apply
-        learned, start = (None, None) if learned is None else learned
-        of_rows = x if rows is None else x[:, rows]
-        if len(layers) == 3:
-            q, k, v = layers
-            (q,) = run(of_rows, learned, *q, temperature, start, 1, size)
-            (k,) = run(x, learned, *k, 1.0, start, 1, size)
-            (v,) = run(x, learned, *v, 1.0, start, 1, size)
-            return q, k, v
-        ((weight, bias),) = layers
-        if rows is None:
-            return run(x, learned, weight, bias, temperature, start, 3, size)
-        border = weight.shape[0] // 3
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:border], bias[border:])
-        (q,) = run(of_rows, None, weight[:border], q_bias, temperature, None, 1, size)
-        return q, *run(x, None, weight[border:], kv_bias, 1.0, None, 2, size)
-
-    def _project_as_timm(self, x):
-        """q [B, N, H, d], k and v [B, N, H', d]."""
-        attn = self.attn
-        if attn.qkv is None:
-            parts = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-        elif getattr(attn, "q_bias", None) is None:
-            parts = attn.qkv(x).chunk(3, dim=-1)
-        else:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-            parts = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
-        return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
-
-    def _rotated(self, t, rope, first):
-        """t [B, M, H, d], tokens `first` on, with those after the prefix rotated by rope."""
-        from timm.layers import apply_rot_embed_cat
-
-        prefix = max(self.attn.num_prefix_tokens - first, 0)
-        start = max(first - self.attn.num_prefix_tokens, 0)
-        t = t.transpose(1, 2)
-        turned = t[:, :, prefix:]
-        rope = rope[..., start : start + turned.shape[2], :]
-        half = getattr(self.attn, "rotate_half", False)
-        turned = apply_rot_embed_cat(turned, rope, half=half)
-        return torch.cat([t[:, :, :prefix], turned], dim=2).transpose(1, 2)
-
-
-def check_attention(attn: nn.Module | None) -> None:
-    """Raises TypeError unless attn is one of timm's that TemperedAttention restates."""
-    from timm.layers import Attention, AttentionRope
-    from timm.models.eva import EvaAttention
-
-    if type(attn) not in (Attention, AttentionRope, EvaAttention):
-        raise TypeError(
-            "TemperedAttention: attn must be a timm.layers.Attention or AttentionRope, or a "
-            f"timm.models.eva.EvaAttention, got {type(attn).__module__}.{type(attn).__name__}"
-        )

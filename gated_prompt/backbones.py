@@ -25,7 +25,7 @@ from timm.models import adapt_input_conv, eva, vision_transformer
 from torch import Tensor, nn
 
 from gated_prompt.checkpoint import CheckpointError, first_names, read_checkpoint
-from gated_prompt.vit import GatedPromptViT
+from gated_prompt.vit import GatedPromptViT, is_wrapped, unpatched_name
 
 _log = logging.getLogger(__name__)
 
@@ -393,7 +393,7 @@ def load_backbone(
         RuntimeError: vit is wrapped, or on the meta device.
     """
     who = "load_backbone"
-    if isinstance(vit, GatedPromptViT) or getattr(vit, "_is_wrapped_by_gated_prompt", False):
+    if isinstance(vit, GatedPromptViT) or is_wrapped(vit):
         raise RuntimeError(f"{who}: vit is wrapped; load its backbone before wrap")
     _check_family(who, vit)
     if any(tensor.is_meta for tensor in vit.state_dict().values()):
@@ -645,9 +645,9 @@ def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) ->
     backbone = {name: value for name, value in state.items() if name not in heads}
     if backbone:
         own = {
-            re.sub(r"^(blocks\.\d+\.attn\.)attn\.", r"\1", name): tensor
+            unpatched_name(name): tensor
             for name, tensor in model.backbone.state_dict().items()
-            if not re.match(r"head\.|blocks\.\d+\.attn\.temperature$", name)
+            if not name.startswith("head.")
         }
         _check_names(f"{who}: backbone", own, backbone)
         changed = sum(

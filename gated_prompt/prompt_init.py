@@ -13,20 +13,18 @@ DATA_INITS = ("mean", "random-token", "kmeans")
 
 @torch.no_grad()
 def patch_tokens(
-    embed: Callable[[Tensor], tuple], blocks: list, first: int, images: Tensor | Iterable
+    tokens_of: Callable[[Tensor], list[Tensor]], images: Tensor | Iterable
 ) -> list[Tensor]:
-    """The patch tokens of images as they enter the first block, then each of `blocks`.
+    """The patch tokens of images as they enter each of some blocks.
 
     Args:
-        embed: images [B, C, H, W] -> (tokens [B, N, D], function of a block and its input).
-        blocks: What comes between one result and the next.
-        first: Class and register tokens before the patches.
+        tokens_of: images [B, C, H, W] -> these tokens, [B, N, D] for each block.
         images: [M, C, H, W], or batches: tensors, or sequences that begin with one.
 
     Returns:
-        len(blocks) + 1 tensors [M * patches, D], float32, on the CPU.
+        A tensor [M * N, D] for each block, float32, on the CPU.
     """
-    found: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
+    found: list[list[Tensor]] = []
     for batch in images.split(64) if isinstance(images, Tensor) else images:
         if isinstance(batch, (list, tuple)) and batch:
             batch = batch[0]
@@ -36,14 +34,10 @@ def patch_tokens(
                 "wrap: init_images must be images [M, C, H, W], or batches of them, alone or first "
                 f"in a tuple (a DataLoader, not a Dataset), got {got}"
             )
-        x, run = embed(batch)
-        found[0].append(x[:, first:].flatten(0, 1).float().cpu())
-        for block, tokens in zip(blocks, found[1:], strict=True):
-            x = run(block, x)
-            tokens.append(x[:, first:].flatten(0, 1).float().cpu())
-    if not found[0]:
+        found.append([tokens.flatten(0, 1).float().cpu() for tokens in tokens_of(batch)])
+    if not found:
         raise ValueError("wrap: init_images must hold at least one image, got none")
-    return [torch.cat(tokens) for tokens in found]
+    return [torch.cat(tokens) for tokens in zip(*found, strict=True)]
 
 
 def prototypes(tokens: Tensor, num_prompts: int, init: str) -> Tensor:

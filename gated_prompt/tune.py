@@ -34,7 +34,7 @@ class TuneConfig:
     head_lr: float | None = None
     """Peak learning rate of the head. None: lr."""
     weight_decay: float = 0.0
-    """Weight decay of everything that is tuned."""
+    """Weight decay of prompts, head and backbone; gates and temperatures have none."""
     momentum: float = 0.9
     """Momentum of SGD."""
     warmup_epochs: int = 10
@@ -244,6 +244,8 @@ def _over(
     model: nn.Module, function: Callable[[Tensor], Tensor], dataset: Dataset, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """function(images) and the labels of a whole dataset, on the CPU."""
+    if len(dataset) == 0:
+        raise ValueError("evaluate: dataset must have at least one image, got an empty one")
     device, was_training = next(model.parameters()).device, model.training
     # A loader without a generator of its own draws from the caller's.
     loader = DataLoader(dataset, batch_size, generator=torch.Generator())

@@ -7,7 +7,6 @@ from conftest import timm_or_skip
 from torch import nn
 
 import gated_prompt as gp
-from gated_prompt import attention
 
 timm_or_skip()
 from timm.models.eva import Eva
@@ -48,7 +47,7 @@ def restated_attention(attn, tau, y, rope, is_patch):
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         parts = F.linear(y, attn.qkv.weight, bias).chunk(3, dim=2)
     q, k, v = (part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in parts)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k = getattr(attn.q_norm, "norm", attn.q_norm)(q), attn.k_norm(k)  # not tempered
     if rope is not None:
         sin, cos = rope.chunk(2, dim=-1)
 
@@ -98,9 +97,9 @@ def restated(model, images):
     grid = tuple(size // patch for size in images.shape[-2:])
     ropes = None if getattr(vit, "rope", None) is None else vit.rope.get_embed(shape=grid)
     for index, block in enumerate(vit.blocks):
-        attn, tau = block.attn, torch.tensor(1.0, dtype=x.dtype)
-        if isinstance(attn, attention.TemperedAttention):
-            attn, tau = attn.attn, torch.as_tensor(attn.temperature, dtype=x.dtype)
+        attn, tau = block.attn, torch.tensor(float(model.options["temperature"] or 1.0)).to(x)
+        if len(model.temperatures) > 0:
+            tau = model.temperatures[index].to(x.dtype)
             tau = tau + (tau.clamp(0.01, 10.0) - tau).detach()
         rope = ropes[index] if ropes is not None and ropes.dim() > 2 else ropes
         scales = [getattr(block, name, None) for name in ("gamma_1", "gamma_2")]

@@ -324,7 +324,7 @@ def test_the_frozen_digest_depends_on_neither_patches_nor_options(method):
     vit = small_vit()
     model = gp.wrap(vit, method, num_prompts=4, frozen_dtype=torch.bfloat16)
     names = tuned_state_dict(model)
-    wrapped = artifacts._identity(vit, names, model._before_narrowing)
+    wrapped = artifacts._identity(vit, names)
     assert wrapped == artifacts._identity(gp.unwrap(model), names)
     with torch.no_grad():
         vit.head.weight.add_(1)  # unused

@@ -19,8 +19,8 @@ from timm.layers import Attention, AttentionRope, DiffAttention
 from timm.models.eva import EvaAttention
 
 import gated_prompt as gp
-from gated_prompt import attention
-from gated_prompt.attention import TemperedAttention
+from gated_prompt import attention, shortcuts
+from gated_prompt.attention import Temperatures, Tempering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,6 +217,29 @@ MODULES = {
 }
 
 
+class TemperedAttention(nn.Module):
+    """As a wrapped block runs its attention: by the short cut, or `plain`, as it is."""
+
+    def __init__(self, attn, temperature, learnable, backend):
+        super().__init__()
+        self.attn, self.backend = attn, backend
+        self.temperatures = Temperatures(int(learnable), attn.proj.weight.device)
+        if learnable:
+            nn.init.constant_(self.temperature, temperature)
+        source = self.temperatures if learnable else float(temperature)
+        self.tempering = Tempering(attn, source, 0)
+
+    @property
+    def temperature(self):
+        return self.temperatures[0]
+
+    def forward(self, x, rope=None, rows=None):
+        return shortcuts.attention(self.attn, x, rope, rows, self.tempering, self.backend)
+
+    def plain(self, x, **options):
+        return self.attn(x, **options)
+
+
 def make_module(name):
     torch.manual_seed(1)
     attn = MODULES[name]().double().eval().requires_grad_(False)
@@ -234,6 +257,8 @@ def make_module(name):
 def timms_own(attn, x, options, tau):
     """By timm's explicit attention, whose scale is d^-0.5 / tau."""
     attn = copy.deepcopy(attn)
+    while isinstance(attn.q_norm, Tempering):
+        attn.q_norm.leave()
     attn.fused_attn, attn.scale = False, attn.scale / tau
     return attn(x, **options)
 
@@ -251,14 +276,17 @@ def test_module_is_timms_with_a_temperature(name, value, scaled_dots):
         with torch.no_grad():
             module.temperature.copy_(tau)
     grad = torch.randn(B, N, DIM, dtype=torch.float64)
-    out, wanted = module(x, **options), timms_own(attn, x, options, tau)
-    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-11)
-    got = torch.autograd.grad(out, [x, module.temperature] if learned else [x], grad)
+    wanted = timms_own(attn, x, options, tau)
     want = torch.autograd.grad(wanted, [x, tau] if learned else [x], grad)
-    for a, b in zip(got, want, strict=True):
-        assert b.abs().max() > 1e-3
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    assert len(scaled_dots) == learned
+    for run in (module, module.plain):
+        out = run(x, **options)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-11)
+        got = torch.autograd.grad(out, [x, module.temperature] if learned else [x], grad)
+        for a, b in zip(got, want, strict=True):
+            assert b.abs().max() > 1e-3
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert len(scaled_dots) == 2 * learned
+    assert (shortcuts.folded_layers(attn, x) is None) == (value == "thawed")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -275,34 +303,12 @@ def test_rows_alone_are_those_rows_of_all(name, rows):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_learned_rows_get_the_gradient_of_those_rows(name):
-    attn, options = make_module(name)
-    module = TemperedAttention(attn, 0.6, True, "sdpa").double()
-    x = leaf(B, N, DIM)
-    if getattr(attn, "gate", None) is not None:
-        assert not module.takes_learned_rows(x)
-        return
-    assert module.takes_learned_rows(x)
-    rows = x[:, 2:5].detach().requires_grad_()
-    grad = torch.randn(B, N, DIM, dtype=torch.float64)
-    wanted = module(x, **options)
-    got = module(x.detach(), learned=(rows, 2), **options)
-    torch.testing.assert_close(got, wanted)
-    of_x, of_tau = torch.autograd.grad(wanted, [x, module.temperature], grad)
-    of_rows, tau = torch.autograd.grad(got, [rows, module.temperature], grad)
-    torch.testing.assert_close(of_rows, of_x[:, 2:5], rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(tau, of_tau)
-    tuned = TemperedAttention(attn.requires_grad_(True), 1.0, False, "sdpa")
-    assert not tuned.takes_learned_rows(x)
-
-
 def test_folded_projection_has_first_and_second_derivatives():
     x, weight, bias = leaf(1, 3, 4), torch.randn(12, 4).double(), torch.randn(12).double()
     tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
 
     def function(x, tau):
-        return attention._FrozenProjection.apply(x, None, weight, bias, tau, None, 3, 2)
+        return attention.FrozenProjection.apply(x, weight, bias, tau, 3, 2)
 
     torch.autograd.gradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
     torch.autograd.gradgradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
@@ -415,10 +421,11 @@ def test_what_others_put_on_a_projection_takes_part(name):
     lora, x = getattr(attn, where), leaf(B, N, DIM)
     out, wanted = module(x, **options), timms_own(attn, x, options, module.temperature.item())
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-11)
-    assert not module.takes_learned_rows(x)
+    assert shortcuts.folded_layers(attn, x) is None
     grad = torch.randn(B, N, DIM, dtype=torch.float64)
     got = torch.autograd.grad(out, [x, module.temperature, lora.a, lora.b], grad)
     copied = copy.deepcopy(attn)
+    copied.q_norm.leave()
     copied.fused_attn, copied.scale = False, copied.scale / module.temperature.item()
     want = torch.autograd.grad(
         copied(x, **options), [x, getattr(copied, where).a, getattr(copied, where).b], grad
@@ -460,30 +467,32 @@ def test_whatever_is_tuned_of_the_projection_gets_its_gradient(thawed):
     tuned = [part] if isinstance(part, nn.Parameter) else [part.weight]
     tuned[0].requires_grad_(True)
     x = torch.randn(B, N, DIM, dtype=torch.float64)
-    assert not module.takes_learned_rows(x)
+    assert shortcuts.folded_layers(attn, x) is None
     got = torch.autograd.grad(module(x, **options).square().sum(), tuned)
+    attn.q_norm.leave()
     attn.fused_attn, attn.scale = False, attn.scale / module.temperature.item()
     want = torch.autograd.grad(attn(x, **options).square().sum(), tuned)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_what_it_cannot_do_is_refused():
+def test_what_it_does_not_restate_is_left_to_timm():
     attn, _ = make_module("Attention")
-    module = TemperedAttention(attn, 1.0, False, "sdpa")
-    x = torch.randn(B, N, DIM, dtype=torch.float64)
-    for options in ({"attn_mask": torch.ones(N, N, dtype=torch.bool)}, {"is_causal": True}):
-        with pytest.raises(NotImplementedError, match="attention masks are not supported"):
-            module(x, **options)
-    attn.attn_drop.p = 0.5
-    with pytest.raises(NotImplementedError, match=r"dropout of attention weights .* attn_drop=0.5"):
-        module.train()(x)
-    module.eval()(x)
-    for other in (DiffAttention(DIM, H), nn.Identity(), None, type("Mine", (Attention,), {})(DIM)):
-        with pytest.raises(TypeError, match=r"attn must be a timm.layers.Attention or .*, got "):
-            TemperedAttention(other, 1.0, False, "sdpa")
-
-
-# ---- which kernel runs ----
+    assert shortcuts.is_restated(attn)
+    for change in (
+        lambda a: a.attn_drop.register_forward_hook(lambda *_: None),
+        lambda a: setattr(a, "fused_attn", False),
+        lambda a: setattr(a, "attn_drop", nn.Sequential()),
+        lambda a: a.q_norm.register_forward_pre_hook(lambda *_: None),
+        lambda a: a.register_full_backward_hook(lambda *_: None),
+        lambda a: setattr(a, "forward", a.forward),
+        lambda a: (setattr(a.attn_drop, "p", 0.5), a.train()),
+        lambda a: a.compile(),
+    ):
+        changed = copy.deepcopy(attn)
+        change(changed)
+        assert not shortcuts.is_restated(changed)
+    assert not shortcuts.is_restated(None)
+    assert not shortcuts.is_restated(DiffAttention(DIM, H))
 
 
 def test_auto_says_once_what_it_took_and_why(caplog):

@@ -17,6 +17,7 @@ LAYERS = (
     {"reference", "ops"},
     {"functional"},
     {"modules", "attention", "prompt_init", "checkpoint"},
+    {"shortcuts"},
     {"vit"},
     {"backbones"},
     {"artifacts"},

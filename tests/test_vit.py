@@ -511,16 +511,19 @@ def test_low_memory_does_not_keep_the_hidden_layer():
         logits.sum().backward()
 
 
-def test_a_checkpointed_mlp_is_not_computed_to_its_end_again():
+def test_a_checkpointed_mlp_is_not_computed_to_its_end_again(monkeypatch):
     model = make_case("MAE-style", {"memory": "low"})  # its last block has one row
-    calls = {"fc1": 0, "fc2": 0}
-    for block in model.backbone.blocks:
-        for name in calls:
-            getattr(block.mlp, name).register_forward_hook(
-                lambda *_, name=name: calls.update({name: calls[name] + 1})
-            )
+    layers = {m: n for b in model.blocks for n, m in b.mlp.named_children() if n[:2] == "fc"}
+    calls, linear = [], nn.Linear.forward
+
+    def forward(self, x):  # of the class: a hook would be seen, and the MLP run once
+        x = linear(self, x)
+        calls.append(layers.get(self))
+        return x
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
     model(torch.randn(2, 3, 40, 24).double()).sum().backward()
-    assert calls == {"fc1": 6, "fc2": 3}
+    assert (calls.count("fc1"), calls.count("fc2")) == (6, 3)
 
 
 def test_frozen_weights_in_bfloat16_change_nothing_under_autocast():
@@ -555,7 +558,8 @@ def test_frozen_weights_in_bfloat16_with_a_temperature_are_as_near_to_exact():
     for dtype, autocast in ((None, False), (None, True), (torch.bfloat16, True)):
         model = make_case("MAE-style", {"method": "gpt"}).float()
         if dtype is not None:
-            model._narrow_frozen(dtype)
+            model.options["frozen_dtype"] = dtype
+            model._wrapping.narrow(model.backbone, dtype)
         results.append(
             torch.cat([t.flatten() for t in results_of(model, images, enabled=autocast)])
         )
@@ -564,16 +568,14 @@ def test_frozen_weights_in_bfloat16_with_a_temperature_are_as_near_to_exact():
     assert not torch.equal(narrow, plain)
 
 
-def test_pooled_rows_compute_fewer_and_features_are_all_there():
+def test_pooled_rows_compute_fewer_and_features_are_all_there(monkeypatch):
     plain, pooled = (make_case("MAE-style", {"last_block": v}) for v in ("all-rows", "pooled-rows"))
     images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
-    seen = []
+    seen, gelu = [], F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x, **options: seen.append(x.shape[1]) or gelu(x))
     for model in (plain, pooled):
-        model.backbone.blocks[2].mlp.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0].shape[1])
-        )
         model(images)
-    assert seen == [20, 1]
+    assert seen == [20, 20, 20, 20, 20, 1]
     torch.testing.assert_close(pooled.forward_features(images), plain.forward_features(images))
     for options, wanted in (
         ({"pool": "cls"}, "pooled-rows"),
@@ -586,22 +588,6 @@ def test_pooled_rows_compute_fewer_and_features_are_all_there():
         assert make_case("MAE-style", options).options["last_block"] == wanted
     post_norm = small_eva(use_post_norm=True, norm_layer=nn.LayerNorm)
     assert gp.wrap(post_norm, num_prompts=2).options["last_block"] == "all-rows"
-
-
-def test_first_block_keeps_of_its_input_the_prompts_alone():
-    kept = {}
-    for images_are_constant in (True, False):
-        model = make_case("MAE-style", {"method": "gpt"})
-        images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.append(t.flatten(min(2, t.dim() - 1)).shape) or t,
-            lambda t: t,
-        ):
-            model(images.requires_grad_(not images_are_constant))
-        kept[images_are_constant] = sizes.count((2, 20, 36)), sizes.count((2, 4, 36))
-    # q of two blocks, inputs of norm1 and norm2; by the gates and by norm1 of the first block
-    assert kept == {True: (6, 3), False: (7, 2)}
 
 
 def test_gradient_of_the_images_is_whole_where_it_is_asked_for():
@@ -664,14 +650,14 @@ def test_timms_optimiser_factory_leaves_prompts_gates_and_temperatures_out_of_we
 def test_hooks_of_blocks_run_and_copies_are_whole(options):
     model = make_case("MAE-style", options)
     images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
-    pickled = pickle.loads(pickle.dumps(model))
+    pickled, wanted = pickle.loads(pickle.dumps(model)), model(images)
     for each in (model, copy.deepcopy(model), pickled):
         seen = []
         for index, block in enumerate(each.backbone.blocks):
             block.register_forward_hook(lambda *_, seen=seen, index=index: seen.append(index))
-        assert torch.equal(each(images), pickled(images))
+        torch.testing.assert_close(each(images), wanted)  # by the plain path
         assert seen[:3] == [0, 1, 2]
-        assert all(vars(block)["forward"].args[0] is block for block in each.backbone.blocks)
+        assert all(t.attn is b.attn for t, b in zip(each._temperings, each.blocks, strict=True))
 
 
 def test_timms_layer_decay_knows_the_blocks():
@@ -693,10 +679,8 @@ def test_data_parallel_is_refused_since_it_would_run_the_original_blocks():
 
 def test_a_wrapped_class_is_not_touched():
     forward = VisionTransformer.forward, type(small_vit().blocks[0]).forward
-    model = gp.wrap(small_vit(), num_prompts=4)
-    other = small_vit()
-    assert (VisionTransformer.forward, type(other.blocks[0]).forward) == forward
-    assert type(other.blocks[0].attn) is not type(model.backbone.blocks[0].attn)
+    gp.wrap(small_vit(), num_prompts=4)
+    assert (VisionTransformer.forward, type(small_vit().blocks[0]).forward) == forward
 
 
 # ---- prompts from images ----
@@ -863,15 +847,18 @@ def test_bad_models_get_their_error():
     with pytest.raises(
         TypeError, match=r"model must be what wrap returned .*, got VisionTransformer"
     ):
-        gp.unwrap(vit)
+        gp.unwrap(small_vit())
     parallel = timm.create_model("vit_small_patch16_18x2_224", img_size=32, num_classes=2)
     gp.unwrap(gp.wrap(parallel, "linear"))  # its blocks have no attention to replace
     with pytest.raises(
-        TypeError, match=r"attn must be a timm.layers.Attention or .*, got builtins.NoneType"
+        TypeError,
+        match=r"attn of each block must be a timm.layers.Attention or .*, got builtins.NoneType",
     ):
         gp.wrap(parallel, "gpt")
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
-    with pytest.raises(TypeError, match=r"head and pool of its base class, got .*Distilled"):
+    with pytest.raises(
+        TypeError, match=r"must have the forward_head of its base class, got .*Distilled"
+    ):
         gp.wrap(distilled)
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=32)
     with pytest.raises(TypeError, match=r"must have a timm.layers.PatchEmbed, got .*HybridEmbed"):
@@ -879,7 +866,8 @@ def test_bad_models_get_their_error():
     odd = small_vit()
     odd.blocks[1].attn = nn.Identity()
     with pytest.raises(
-        TypeError, match=r"attn must be a timm.layers.Attention or .*, got torch.nn.*Identity"
+        TypeError,
+        match=r"attn of each block must be a timm.layers.Attention or .*, got torch.nn.*Identity",
     ):
         gp.wrap(odd)
     assert all(p.requires_grad for p in odd.parameters())
