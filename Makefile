@@ -1,5 +1,5 @@
-# make demo | test | support | fuzz | opcheck | coverage | bench | gpu | gpu-more | rehearsal | report | guard | resources
-# | lint | format | clean
+# make demo | test | test-sse | neighbours | support | fuzz | opcheck | coverage | bench | gpu | gpu-more | rehearsal
+# | report | guard | resources | lint | format | clean
 #
 # TORCH chooses the torch, by any pip requirement; torchvision follows it: make test TORCH=torch==2.13.0
 # PYTHON is the interpreter that makes the virtual environment, and that `make gpu` uses as it is.
@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.11.0
 NEWEST ?= torch~=2.15.0
 FUZZ_CASES ?= 20000
+WORKERS ?= 2
 RESULTS ?= benchmarks/results
 VENV = .venv
 BIN = $(VENV)/bin
@@ -20,7 +21,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # In continuous integration a warning is an error; with a user's compiler it is not.
 export GATED_PROMPT_WERROR ?= $(CI)
 
-.PHONY: demo test support fuzz opcheck opcheck-newest coverage bench gpu gpu-more rehearsal report guard resources
+.PHONY: demo test test-sse neighbours support fuzz opcheck opcheck-newest coverage bench gpu gpu-more rehearsal report guard resources
 .PHONY: lint format clean build
 .DELETE_ON_ERROR:
 
@@ -43,11 +44,22 @@ demo: build
 	$(BIN)/gated-prompt demo
 
 test: build
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS)
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DCMAKE_COMPILE_WARNING_AS_ERROR=$(if $(CI),ON,OFF)
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# What is arithmetic, as on a CPU without AVX: rounding differs.
+ARITHMETIC = $(addprefix tests/test_,attention.py attached.py divide_rows.py parity.py prompt_gate.py scaled_dot.py users.py)
+test-sse: build
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-sse) \
+	  $(BIN)/python -m pytest $(ARITHMETIC) -n $(WORKERS)
+
+# The tests beside packages of others, which are not needed else: adapters, offloading, quantised weights, exports.
+neighbours: build
+	$(PIP) --constraint $(VENV)/constraints.txt peft accelerate torchao onnx onnxruntime onnxscript lightning
+	$(BIN)/python -m pytest tests/test_neighbours.py tests/test_attached.py -k "neighbours or peft"
 
 # The support matrix of README.md; REPORTS=... adds those of other versions of torch.
 support: build
