@@ -228,7 +228,7 @@ class DeepPromptTokens(nn.Module):
 
 def _expanded(module, tokens: Tensor, like: Tensor) -> Tensor:
     """tokens [P, D] after dropout, [B, P, D] in batch size and dtype of like."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not torch.jit.is_tracing():
         tokens = tokens.detach()  # a view of a parameter confuses torch's FlopCounterMode there
     tokens = tokens.expand(like.shape[0], -1, -1)
     return (module.dropout(tokens) if module.training else tokens).to(like.dtype)

@@ -75,9 +75,10 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_observed(x) -> bool:
-    """Whether torch tells somebody of the call of each module: global hooks, symbolic tracing."""
+    """Whether torch tells somebody of the call of each module: global hooks, tracing."""
     return bool(
         isinstance(x, torch.fx.Proxy)
+        or torch.jit.is_tracing()
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks

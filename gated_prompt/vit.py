@@ -644,7 +644,7 @@ class GatedPromptViT(nn.Module):
             ropes = [self._rope_with_prompts(rope) for rope in ropes]
         if self.deep_prompts is not None:
             closed = x.new_full((), -math.inf)  # the logit of a gate that is exactly 0
-        if not torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy):
+        if not torch.is_grad_enabled() or is_observed(x):
             carrier = None
         embedded, last = x, len(vit.blocks) - 1
 

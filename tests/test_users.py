@@ -50,6 +50,15 @@ def test_jit_and_symbolic_traces_have_gates_and_temperatures(vit, method):
             torch.testing.assert_close(traced[0](x), model(x))
 
 
+@pytest.mark.parametrize("method", PROMPTED)
+def test_a_trace_is_the_same_with_gradients_and_without(method):
+    model = make_case("MAE-style", {"method": method}).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, images())  # it traces again without gradients, and compares
+    torch.testing.assert_close(traced(images() + 1), model(images() + 1))
+
+
 def test_the_old_onnx_export_takes_no_writes_to_slices(monkeypatch):
     h, x, logit = torch.randn(1, 6, 4), torch.randn(1, 6, 4), torch.zeros(1)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
