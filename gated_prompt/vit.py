@@ -883,7 +883,8 @@ class GatedPromptViT(nn.Module):
 def check_backbone(vit) -> None:
     if hasattr(vit, "_orig_mod"):
         raise TypeError(
-            "wrap: vit must not be compiled; wrap vit._orig_mod, and compile the result"
+            "wrap: vit must be a timm VisionTransformer or Eva, got a compiled one; wrap "
+            "vit._orig_mod, and compile what wrap returns"
         )
     if isinstance(vit, GatedPromptViT):
         raise TypeError(
