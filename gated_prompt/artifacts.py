@@ -317,18 +317,12 @@ def _is_beside_what_is_tuned(model: nn.Module, owner: str) -> bool:
 
 def _check_can_be_made(model: GatedPromptViT) -> None:
     """Raises ValueError where `load_tuned`, which makes the parts by the options, could not."""
-    parts = zip(
-        ("prompts", "deep_prompts", "gates", "head"),
-        (*make_tuned(model.backbone, model.options), None), strict=True,
-    )  # fmt: skip
-    wanted = {f"temperatures.{i}": [1] for i in range(len(model.temperatures))}
-    for name, part in parts:
-        part = nn.ModuleList(part) if isinstance(part, list) else part
-        part = model.head if name == "head" else part
-        state = {} if part is None else part.state_dict()
-        wanted |= {f"{name}.{key}": list(tensor.shape) for key, tensor in state.items()}
+    prompts, deep_prompts, gates = make_tuned(model.backbone, model.options)
+    parts = {"prompts": prompts, "deep_prompts": deep_prompts, "gates": nn.ModuleList(gates)}
+    made = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+    wanted = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
+    wanted |= {f"temperatures.{i}": [1] for i in range(len(model.temperatures))}
     if isinstance(model.head, nn.Linear):
-        wanted = {n: s for n, s in wanted.items() if not n.startswith("head.")}
         wanted |= {"head.weight": list(model.head.weight.shape), "head.bias": [model.num_classes]}
     got = {n: list(t.shape) for n, t in _tuned(model).items() if not n.startswith("backbone.")}
     differing = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]

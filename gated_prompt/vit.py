@@ -60,8 +60,7 @@ METHODS = ("linear", "full", "bias", "partial-k", "vpt-shallow", "vpt-deep", "gp
 POOLS = ("cls", "patch", "prompt", "prompt+patch")
 MEMORY = ("default", "low")
 LAST_BLOCK = ("auto", "all-rows", "pooled-rows")
-_RESTATED = ("forward_features", "forward_head", "pool")  # methods of timm's that are not called
-_METHODS = {  # as they were when this was imported
+_METHODS = {  # of timm's, which the wrapper restates; as they were when this was imported
     name: (getattr(VisionTransformer, name), getattr(Eva, name))
     for name in ("forward_head", "pool", "forward_features", "forward")
 }
@@ -917,7 +916,7 @@ def check_backbone(vit) -> None:
 
 def _patched(vit: nn.Module) -> list[str]:
     """Which of timm's methods that the wrapper restates are not timm's."""
-    found = [name for name in _RESTATED if name in vars(vit)]
+    found = [name for name in _METHODS if name in vars(vit) and name != "forward"]
     found += [n for n, known in _METHODS.items() if getattr(type(vit), n) not in known]
     is_container = isinstance(vit.blocks, (nn.Sequential, nn.ModuleList))
     is_plain = is_container and type(vit.blocks).forward in _CONTAINERS

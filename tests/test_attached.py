@@ -287,6 +287,20 @@ def results(run, images, leaves):
     return [*found, logits, *gradients]
 
 
+def assert_same(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, b.abs().max().item()))
+
+
+def assert_unshortened(model, other, images):
+    """model is the method around the blocks of other."""
+    tuned = dict(model.tuned_parameters())
+    copies = {n: p.detach().clone().requires_grad_() for n, p in tuned.items()}
+    got = results(model, images, tuned.values())
+    wanted = results(lambda x: unshortened(other, model, copies, x), images, copies.values())
+    assert_same(got, wanted)
+
+
 def assert_takes_part(attached, place, when, config, index, kind=VisionTransformer, **changes):
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     vit = make_vit(kind, **changes)
@@ -310,8 +324,7 @@ def assert_takes_part(attached, place, when, config, index, kind=VisionTransform
     wanted = results(
         lambda x: unshortened(other, model, copies, x), images, [*others, *copies.values()]
     )
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, b.abs().max().item()))
+    assert_same(got, wanted)
     if own:
         assert wanted[3].abs().max() > 1e-6, "what is attached has no effect: the test is void"
     return model, got
@@ -391,8 +404,7 @@ def test_hooks_of_the_backbone_and_of_its_sequence_of_blocks_run(config, when):
     halved = {n: p * 0.5 if n == "head.weight" else p for n, p in copies.items()}
     other = make_vit().requires_grad_(False)
     wanted = results(lambda x: unshortened(other, model, halved, 1.5 * x), images, copies.values())
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, b.abs().max().item()))
+    assert_same(got, wanted)
     rows = 5 + P
     if model.options["last_block"] == "pooled-rows":
         rows = {"cls": 1, "prompt": P, "patch": 4}[model.pool]
@@ -539,12 +551,7 @@ def test_blocks_that_are_exchanged_have_the_temperature_of_their_place(change, c
         if is_asked:
             change(vit)
             change(other)
-    tuned = dict(model.tuned_parameters())
-    copies = {n: p.detach().clone().requires_grad_() for n, p in tuned.items()}
-    got = results(model, images, tuned.values())
-    wanted = results(lambda x: unshortened(other, model, copies, x), images, copies.values())
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, b.abs().max().item()))
+    assert_unshortened(model, other, images)
     gp.unwrap(model)
     plain = make_vit()
     for _ in range(1 + (when == "both")):
@@ -584,12 +591,7 @@ def test_a_patch_of_a_class_takes_part(config, name, monkeypatch):
         kind, "forward",
         lambda self, *a, **k: forward(self, *a, **k) * (1.5 if id(self) in inside else 1.0),
     )  # fmt: skip
-    tuned = dict(model.tuned_parameters())
-    copies = {n: p.detach().clone().requires_grad_() for n, p in tuned.items()}
-    got = results(model, images, tuned.values())
-    wanted = results(lambda x: unshortened(other, model, copies, x), images, copies.values())
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, b.abs().max().item()))
+    assert_unshortened(model, other, images)
 
 
 def test_patches_and_containers_that_would_not_run_are_refused(monkeypatch):
