@@ -13,6 +13,8 @@ tell. Each has one condition, which is asked at every call, since hooks and patc
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
@@ -67,11 +69,12 @@ def is_untouched(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or "forward" in own
         or own.get("_compiled_call_impl") is not None
-        or any(
-            getattr(hook, "__func__", None) is not Tempering.after_projection
-            for hook in own["_forward_hooks"].values()
-        )
+        or (own["_forward_hooks"] and not _are_ours(own["_forward_hooks"].values()))
     )
+
+
+def _are_ours(hooks) -> bool:
+    return all(getattr(hook, "__func__", None) is Tempering.after_projection for hook in hooks)
 
 
 def is_observed(x) -> bool:
@@ -94,7 +97,8 @@ def is_restated(attn: nn.Module | None) -> bool:
         and is_untouched(attn)
         and attn.fused_attn
         and not (attn.training and attn.attn_drop.p > 0)
-        and all(_is_stock(module) for module in (*attn.q_norm.modules(), attn.k_norm))
+        and _are_stock(attn.q_norm)
+        and _is_stock(attn.k_norm)
         and _is_stock(attn.attn_drop)
     )
 
@@ -109,7 +113,7 @@ def folded_layers(attn: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor | Non
             return None
         found.append((layer.weight, layer.bias))
     own_biases = ()
-    if getattr(attn, "q_bias", None) is not None and attn.qkv is not None:  # Eva's
+    if attn._parameters.get("q_bias") is not None and attn.qkv is not None:  # Eva's
         own_biases = attn.q_bias, attn.v_bias
     for tensor in (*(t for pair in found for t in pair if t is not None), *own_biases):
         if type(tensor) is not nn.Parameter or tensor.requires_grad or tensor.device != x.device:
@@ -125,8 +129,7 @@ def folded_layers(attn: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor | Non
 
 def pools_rows(block: nn.Module) -> bool:
     """Whether the rows of its result need no other rows but those that attention reads."""
-    parts = (module for child in block.children() for module in child.modules())
-    return is_restated(block.attn) and all(map(_is_stock, parts))
+    return is_restated(block.attn) and all(map(_are_stock, block.children()))
 
 
 def recomputes(block: nn.Module) -> bool:
@@ -135,10 +138,19 @@ def recomputes(block: nn.Module) -> bool:
     return all(is_untouched(m) and not (m.training and m._buffers) for m in parts)
 
 
+def _are_stock(module: nn.Module) -> bool:
+    """The module and those in it."""
+    children = module._modules.values()
+    return _is_stock(module) and all(child is None or _are_stock(child) for child in children)
+
+
 def _is_stock(module: nn.Module) -> bool:
-    kind = type(module)
-    is_known = kind.__name__ in _TOKEN_WISE and kind.__module__.startswith(_OWNERS)
-    return is_known and is_untouched(module)
+    return _is_token_wise(type(module)) and is_untouched(module)
+
+
+@functools.cache
+def _is_token_wise(kind: type) -> bool:
+    return kind.__name__ in _TOKEN_WISE and kind.__module__.startswith(_OWNERS)
 
 
 # ---- blocks ----
@@ -146,7 +158,8 @@ def _is_stock(module: nn.Module) -> bool:
 
 def uncompiled(module: nn.Module | None) -> nn.Module | None:
     """The module that torch.compile(module) stands for, or module itself."""
-    return getattr(module, "_orig_mod", module)
+    # not getattr(module, "_orig_mod"): each module that has none would raise an error, and catch it
+    return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
 def attention_of(block: nn.Module) -> nn.Module | None:
