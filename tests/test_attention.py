@@ -356,9 +356,10 @@ def test_autocast_computes_as_a_cast_module_does(weights):
 def test_gradients_of_q_k_and_v_are_not_stacked(device):
     attn, _ = make_module("Attention")
     names = {}
-    for module in (attn, TemperedAttention(attn, 0.6, True, "sdpa")):
+    for make in (lambda: attn, lambda: TemperedAttention(attn, 0.6, True, "sdpa")):
+        module = make().float().to(device)
         x = torch.randn(B, N, DIM, device=device, requires_grad=True)
-        loss = module.float().to(device)(x).square().sum()  # of a sum, proj clones the gradient
+        loss = module(x).square().sum()  # of a sum, proj clones the gradient
         with torch.profiler.profile() as profile:
             loss.backward()
         names[type(module)] = [event.name for event in profile.events()]
