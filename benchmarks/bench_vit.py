@@ -36,6 +36,11 @@ SAME = ("gated_prompt linear", "gated_prompt full")  # as others' linear and ful
 GATES_ALONE = ("gated_prompt, gates alone", "original, gates alone")
 EAGER_ONLY = ("linear", "linear, cached features", *SAME)
 FEW = ("original", "gated_prompt", "vpt-shallow")
+GRAPHED = (
+    *FEW,
+    *("gated_prompt, " + how for how in ("all rows", "gates alone", "memory low")),
+    "vpt-deep",
+)
 REFERENCE = ("ViT-B/16", 224, 64, 50)
 ON_CUDA = {  # (model, pixels, batch, prompts): the peers whose eager steps goals.py asks for
     REFERENCE: [name for name in PEERS if name not in (*SAME, "original, gates alone")],
@@ -156,7 +161,7 @@ def by_default(case, mode, how, name):
     if mode != "step" or how == "":
         return mode == "step" and name in ON_CUDA.get(size, FEW)
     if how == ", graph" and size == REFERENCE:
-        return name in (*FEW, "gated_prompt, all rows", "gated_prompt, gates alone")
+        return name in GRAPHED
     wanted = {", compiled": REFERENCE, ", graph": ("ViT-B/16", 224, 8, 50)}
     return size == wanted.get(how) and name in FEW
 

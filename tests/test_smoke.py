@@ -218,8 +218,12 @@ def test_replays_of_a_graph(kind, device):
         assert_same(found, wanted)
 
 
-def test_small_gradients_are_written_in_place(device, monkeypatch):
-    """A backward that copied its gradient would move a [B, N, D] tensor more for each gate."""
+def test_gradients_are_written_in_place(device, monkeypatch):
+    """A backward that copied its gradient would move a [B, N, D] tensor more for each gate.
+
+    Not among the small tests: under compute-sanitizer Python's frames stay alive, and with them
+    more users of a gradient.
+    """
     found, real = [], ops._is_reusable
     monkeypatch.setattr(ops, "_is_reusable", lambda *a: found.append(real(*a)) or found[-1])
     torch.use_deterministic_algorithms(False)
