@@ -88,16 +88,16 @@ def parts(options):
     ncu = ("ncu", "--clock-control", "none", *ncu, "-k", "regex:prompt_gate") if is_real else ()
     few = () if is_real else ("-k", "cpu and (scalar or dot)")
     first = [
-        (Part("build", 110, build, True, {"FORCE_CUDA": "1"} if is_real else {}),),
-        (Part("ready", 60, ready, True),),
-        (Part("smoke", 45, (*tests, *rows, *few, "tests/test_smoke.py")),),
+        (Part("build", 90, build, True, {"FORCE_CUDA": "1"} if is_real else {}),),
+        (Part("ready", 30, ready, True),),
+        (Part("smoke", 40, (*tests, *rows, *few, "tests/test_smoke.py")),),
         (
             Part("tests", 170, (*tests, *rows, *workers, *few, *options.tests), False, few_threads),
             *map(sanitizer, ("memcheck", "racecheck", "synccheck")),
         ),
-        (Part("gate", 60, goals("G1,G2")),),
-        (Part("step", 190, goals("G5,G7,G8,G9,G13")),),
-        (Part("call", 45, goals("G3", "-k", "not compiled and not autotune and not triton")),),
+        (Part("gate", 45, goals("G1,G2")),),
+        (Part("step", 180, goals("G5,G7,G8,G9,G13")),),
+        (Part("call", 40, goals("G3", "-k", "not compiled and not autotune and not triton")),),
     ]
     more = [
         (Part("raw-ops", 40, raw_ops),),
