@@ -65,7 +65,7 @@ neighbours: build
 support: build
 	rm -f build/tests.jsonl
 	$(BIN)/python -m pytest tests --rows=build/tests.jsonl
-	$(BIN)/python tests/support.py README.md build/tests.jsonl $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
+	$(BIN)/python tests/support_matrix.py README.md build/tests.jsonl $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
 
 # Random cases beside the reference, FUZZ_CASES of them.
 fuzz: build
