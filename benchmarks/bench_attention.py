@@ -24,13 +24,9 @@ from shapes import MODELS, chosen
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_peers import attention
 
-from gated_prompt import shortcuts
-from gated_prompt.attention import (
-    Temperatures,
-    Tempering,
-    tempered_attention,
-    unavailable_reason,
-)
+from gated_prompt.temperature import tempered_attention, unavailable_reason
+from gated_prompt.vit import shortcuts
+from gated_prompt.vit.attention import Temperatures, Tempering
 
 pytestmark = timed_here
 

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gated_prompt import ops, shortcuts, vit
+from gated_prompt import autograd, ops
+from gated_prompt.vit import model as vit_model
+from gated_prompt.vit import shortcuts
 
 # ---- what waits for backward ----
 
@@ -168,7 +170,7 @@ def gate_bytes(case, peer):
     """What a forward and backward of a gate alone move."""
     work, traffic = Alone(case, peer), _Traffic()
     work.prepare()
-    with mock.patch.object(ops, "_is_reusable", return_value=True), traffic:
+    with mock.patch.object(autograd, "is_reusable", return_value=True), traffic:
         work.forward()
         work.backward()
     return traffic.bytes
@@ -214,10 +216,10 @@ def count(name, arch, pixels, prompts, batch, **vit_options):
     traffic = _Traffic()
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _flash),
-        mock.patch.object(ops, "_is_reusable", return_value=True),
+        mock.patch.object(autograd, "is_reusable", return_value=True),
         # FlopCounterMode hooks every module, and would be given the plain path
         mock.patch.object(shortcuts, "is_observed", return_value=False),
-        mock.patch.object(vit, "is_observed", return_value=False),
+        mock.patch.object(vit_model, "is_observed", return_value=False),
     ):
         saved = saved_bytes(model, images)[0]
         with flop, traffic:

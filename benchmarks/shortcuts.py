@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each short cut of gated_prompt/shortcuts.py gains on a training step: each switched off
+"""What each short cut of gated_prompt/vit/shortcuts.py gains on a training step: each switched off
 alone, the steps taken in turn. Prints rows for the table of docs/vit.md.
 
     python benchmarks/shortcuts.py --arch vit_small_patch16_224 --batch 8 [--compiled]
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import gated_prompt as gp
-from gated_prompt import shortcuts
+from gated_prompt.vit import shortcuts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from counts import saved_bytes

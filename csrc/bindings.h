@@ -2,7 +2,7 @@
 // From torch tensors to PromptGateParams: what the CPU and the CUDA registration of an op share;
 // and the checks that other ops share with it. Checks here are for memory safety (no read or write
 // outside a tensor, no race between elements); the meaning of arguments is checked, with better
-// messages, in gated_prompt/functional.py.
+// messages, in gated_prompt/checks.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

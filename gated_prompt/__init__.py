@@ -18,19 +18,19 @@ from gated_prompt.modules import PromptGate, PromptTokens
 __version__ = "0.1.0"
 
 _LAZY = {
-    "CheckpointError": "gated_prompt.checkpoint",
-    "GatedPromptViT": "gated_prompt.vit",
-    "create_backbone": "gated_prompt.backbones",
-    "load_backbone": "gated_prompt.backbones",
-    "load_official": "gated_prompt.backbones",
-    "load_tuned": "gated_prompt.artifacts",
-    "load_tuned_state_dict": "gated_prompt.artifacts",
-    "read_checkpoint": "gated_prompt.checkpoint",
-    "save_tuned": "gated_prompt.artifacts",
-    "tempered_attention": "gated_prompt.attention",
-    "tuned_state_dict": "gated_prompt.artifacts",
-    "unwrap": "gated_prompt.vit",
-    "wrap": "gated_prompt.vit",
+    "CheckpointError": "gated_prompt.vit.checkpoint_file",
+    "GatedPromptViT": "gated_prompt.vit.model",
+    "create_backbone": "gated_prompt.vit.backbones",
+    "load_backbone": "gated_prompt.vit.backbones",
+    "load_official": "gated_prompt.vit.official",
+    "load_tuned": "gated_prompt.vit.tuned_files",
+    "load_tuned_state_dict": "gated_prompt.vit.tuned_files",
+    "read_checkpoint": "gated_prompt.vit.checkpoint_file",
+    "save_tuned": "gated_prompt.vit.tuned_files",
+    "tempered_attention": "gated_prompt.temperature",
+    "tuned_state_dict": "gated_prompt.vit.tuned_files",
+    "unwrap": "gated_prompt.vit.wrap",
+    "wrap": "gated_prompt.vit.wrap",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from gated_prompt.cli import main
+from gated_prompt.job.cli import main
 
 main()

@@ -8,14 +8,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gated_prompt.checks import RULES
 from gated_prompt.functional import (
-    RULES,
-    is_traced,
     prompt_gate,
     prompt_gate_,
     prompt_gate_linear,
     prompt_gate_linear_,
 )
+from gated_prompt.traced import is_traced
 
 GATES = {  # name: shape of its parameter
     "scalar": (1,),  # not (): FSDP2's fully_shard takes no parameter without dimensions

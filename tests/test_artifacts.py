@@ -25,15 +25,16 @@ timm_or_skip()
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gated_prompt import artifacts, attention
-from gated_prompt.artifacts import (
+from gated_prompt import temperature as attention
+from gated_prompt.vit import tuned_files
+from gated_prompt.vit.checkpoint_file import CheckpointError
+from gated_prompt.vit.tuned_files import (
     load_tuned,
     load_tuned_state_dict,
     read_config,
     save_tuned,
     tuned_state_dict,
 )
-from gated_prompt.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -324,14 +325,14 @@ def test_the_frozen_digest_depends_on_neither_patches_nor_options(method):
     vit = small_vit()
     model = gp.wrap(vit, method, num_prompts=4, frozen_dtype=torch.bfloat16)
     names = tuned_state_dict(model)
-    wrapped = artifacts._identity(vit, names)
-    assert wrapped == artifacts._identity(gp.unwrap(model), names)
+    wrapped = tuned_files._identity(vit, names)
+    assert wrapped == tuned_files._identity(gp.unwrap(model), names)
     with torch.no_grad():
         vit.head.weight.add_(1)  # unused
-    assert wrapped == artifacts._identity(vit, names)
+    assert wrapped == tuned_files._identity(vit, names)
     with torch.no_grad():
         vit.pos_embed[0, 0, 0] += 1
-    assert wrapped != artifacts._identity(vit, names)
+    assert wrapped != tuned_files._identity(vit, names)
 
 
 def test_narrowed_weights_load_wide_and_back(tmp_path):
@@ -372,7 +373,7 @@ def test_without_a_backbone_it_is_built_by_name(tmp_path, monkeypatch):
         asked.update(options, name=name)
         return named_vit()
 
-    monkeypatch.setattr(artifacts, "create_backbone", create_backbone)
+    monkeypatch.setattr(tuned_files, "create_backbone", create_backbone)
     assert torch.equal(logits(load_tuned(tmp_path)), logits(model))
     assert asked == {
         "name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": True, "img_size": (32, 32),
@@ -386,7 +387,7 @@ def test_without_a_backbone_and_offline_the_message_says_what_to_do(tmp_path, mo
     def create_backbone(name, **options):
         raise ConnectionError("offline\nand more")
 
-    monkeypatch.setattr(artifacts, "create_backbone", create_backbone)
+    monkeypatch.setattr(tuned_files, "create_backbone", create_backbone)
     save_tuned(tuned_model(named_vit()), tmp_path)
     with pytest.raises(CheckpointError, match=r"ConnectionError: offline\).*pass backbone=$"):
         load_tuned(tmp_path)
@@ -580,7 +581,7 @@ def test_a_config_that_is_none_is_refused(saved, data):
         load_tuned(saved[0], small_vit())
 
 
-@pytest.mark.parametrize("name", list(artifacts._FIELDS))
+@pytest.mark.parametrize("name", list(tuned_files._FIELDS))
 def test_every_field_of_the_config_is_needed(saved, name):
     config = json.loads((saved[0] / CONFIG).read_bytes())
     del config[name]
@@ -749,7 +750,7 @@ def interrupted(folder, model, step, stop):
             file = around(open)(path, mode)
             return HalfWritten(file) if mode == "xb" else file
 
-        patch.setattr(artifacts, "open", opened, raising=False)
+        patch.setattr(tuned_files, "open", opened, raising=False)
         save_tuned(model, folder)
     return count >= step
 

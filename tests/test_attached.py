@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import gated_prompt as gp
-from gated_prompt import reference, shortcuts
+from gated_prompt import reference
+from gated_prompt.vit import shortcuts
 
 timm_or_skip()
 from timm.models.eva import Eva

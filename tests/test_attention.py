@@ -19,8 +19,9 @@ from timm.layers import Attention, AttentionRope, DiffAttention
 from timm.models.eva import EvaAttention
 
 import gated_prompt as gp
-from gated_prompt import attention, shortcuts
-from gated_prompt.attention import Temperatures, Tempering
+from gated_prompt import temperature as attention
+from gated_prompt.vit import shortcuts
+from gated_prompt.vit.attention import FrozenProjection, Temperatures, Tempering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -308,7 +309,7 @@ def test_folded_projection_has_first_and_second_derivatives():
     tau = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
 
     def function(x, tau):
-        return attention.FrozenProjection.apply(x, weight, bias, tau, 3, 2)
+        return FrozenProjection.apply(x, weight, bias, tau, 3, 2)
 
     torch.autograd.gradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)
     torch.autograd.gradgradcheck(function, (x, tau), atol=1e-6, rtol=1e-4)

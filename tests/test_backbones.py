@@ -31,9 +31,10 @@ from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gated_prompt import backbones, checkpoint
-from gated_prompt.backbones import LoadReport, create_backbone, load_backbone, load_official
-from gated_prompt.checkpoint import CheckpointError, read_checkpoint
+from gated_prompt.vit import backbones, checkpoint_file
+from gated_prompt.vit.backbones import LoadReport, create_backbone, load_backbone
+from gated_prompt.vit.checkpoint_file import CheckpointError, read_checkpoint
+from gated_prompt.vit.official import load_official
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 16
@@ -1148,7 +1149,7 @@ def test_zip_bombs_are_refused_by_their_directory(tmp_path):
 def test_a_file_beyond_twice_the_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "f.pth"
     torch.save({"a": torch.ones(2)}, path)
-    monkeypatch.setattr(checkpoint, "_MAX_FILE", 100)
+    monkeypatch.setattr(checkpoint_file, "_MAX_FILE", 100)
     with pytest.raises(CheckpointError, match=r"has \d+ bytes; at most 100 and twice the memory"):
         read_checkpoint(path)
 
@@ -1428,7 +1429,9 @@ def test_models_of_another_kind_cannot_take_the_originals_checkpoint():
 
 
 def test_loading_imports_no_more_than_timm_and_safetensors():
-    code = "import gated_prompt.backbones, sys; print({'xformers', 'sklearn'} & set(sys.modules))"
+    code = (
+        "import gated_prompt.vit.backbones, sys; print({'xformers', 'sklearn'} & set(sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from gated_prompt import cli, ops
+from gated_prompt import ops
+from gated_prompt.job import cli
 
 
 def test_info_says_what_was_built_and_what_can_run(capsys):

@@ -16,9 +16,9 @@ pytest.importorskip("rich", reason="the demo needs rich: the extra tune")
 
 from matplotlib import image
 
-from gated_prompt import demo
-from gated_prompt.demo import CONTRAST, DIGIT, SYSTEMS, DemoConfig, make_scene_sets, run_demo
-from gated_prompt.plots import plot_gates
+from gated_prompt.job import demo
+from gated_prompt.job.demo import CONTRAST, DIGIT, SYSTEMS, DemoConfig, make_scene_sets, run_demo
+from gated_prompt.job.plots import plot_gates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = DemoConfig(

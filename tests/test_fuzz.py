@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import gated_prompt as gp
-from gated_prompt import ops
+from gated_prompt import autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,7 +286,7 @@ FAULTS = {
     ],
 )
 def test_fuzzer_finds_a_planted_fault(name, fault, monkeypatch):
-    monkeypatch.setattr(ops, name, fault)
+    monkeypatch.setattr(autograd, name, fault)
 
     # as found, without making it smaller
     @fuzz(max_examples=CASES, phases=[Phase.generate])

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gated_prompt as gp
-from gated_prompt import ops, reference
+from gated_prompt import autograd, gradient_ownership, reference
 
 B, N, D, P = 2, 7, 12, 3
 GATES = ("scalar", "full", "linear", "linear-token")
@@ -467,13 +467,13 @@ def test_one_gradient_for_the_sequence_and_its_carrier(gate):
 @pytest.fixture
 def reused(monkeypatch):
     """One bool for each incoming gradient from now on: whether it was re-used."""
-    decisions, decide = [], ops._is_reusable
+    decisions, decide = [], autograd.is_reusable
 
     def spy(grad, counts):
         decisions.append(decide(grad, counts))
         return decisions[-1]
 
-    monkeypatch.setattr(ops, "_is_reusable", spy)
+    monkeypatch.setattr(autograd, "is_reusable", spy)
     return decisions
 
 
@@ -615,7 +615,7 @@ def test_chain_has_the_same_bits_without_reuse(gate, carries, checkpointed, monk
             return [p.grad for p in chain.trained]
 
     wanted = gradients()
-    monkeypatch.setattr(ops, "_REUSES_GRADIENTS", False)
+    monkeypatch.setattr(gradient_ownership, "_REUSES_GRADIENTS", False)
     for a, b in zip(gradients(), wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -623,9 +623,9 @@ def test_chain_has_the_same_bits_without_reuse(gate, carries, checkpointed, monk
 def test_environment_variable_turns_reuse_off():
     program = f"""
 import torch, gated_prompt as gp
-from gated_prompt import ops
-seen, decide = [], ops._is_reusable
-ops._is_reusable = lambda *a: seen.append(decide(*a)) or seen[-1]
+from gated_prompt import autograd
+seen, decide = [], autograd.is_reusable
+autograd.is_reusable = lambda *a: seen.append(decide(*a)) or seen[-1]
 h = torch.randn({B}, {N}, {D}, requires_grad=True)
 out = gp.prompt_gate(h, h.detach(), torch.zeros((), requires_grad=True), 1, {P})
 (out * out.detach()).sum().backward()
@@ -705,9 +705,9 @@ def _small_gate():
 @pytest.fixture
 def unmeasured(monkeypatch):
     """As in a fresh process; returns the counts that are right."""
-    monkeypatch.setattr(ops._Probe, "counts", {})
+    monkeypatch.setattr(gradient_ownership.Probe, "counts", {})
     _small_gate()
-    right, ops._Probe.counts = ops._Probe.counts, {}
+    right, gradient_ownership.Probe.counts = gradient_ownership.Probe.counts, {}
     assert len(right) == 1
     return right
 
@@ -726,7 +726,7 @@ def _assert_kept_gradients_stay():
 def test_first_gate_anywhere_measures_the_right_counts_or_none(context, unmeasured, reused):
     with FIRST[context]():
         _small_gate()
-    assert ops._Probe.counts in ({}, unmeasured)
+    assert gradient_ownership.Probe.counts in ({}, unmeasured)
     _assert_kept_gradients_stay()
     assert reused == [True] + [False] * 5, "what is owned must be re-used afterwards"
 
@@ -737,7 +737,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 import test_gradient_ownership as tests
-from gated_prompt import ops
+from gated_prompt import autograd
 
 
 def breaks(x):
@@ -751,8 +751,8 @@ try:
     torch.compile(breaks, fullgraph=True, backend="eager")(torch.ones(2))
 except torch._dynamo.exc.Unsupported:
     pass
-reused, real = [], ops._is_reusable
-ops._is_reusable = lambda *given: reused.append(real(*given)) or reused[-1]
+reused, real = [], autograd.is_reusable
+autograd.is_reusable = lambda *given: reused.append(real(*given)) or reused[-1]
 tests._assert_kept_gradients_stay()
 print(reused)
 """
@@ -774,9 +774,9 @@ def test_after_a_failed_compilation(gate_before):
 def test_first_gate_in_a_recomputation(reentrant, unmeasured):
     chain, images = Chain("scalar", checkpointed=reentrant), torch.randn(B, N, D)
     loss = chain(images)
-    ops._Probe.counts = {}
+    gradient_ownership.Probe.counts = {}
     loss.backward()
-    assert ops._Probe.counts == unmeasured
+    assert gradient_ownership.Probe.counts == unmeasured
     plain = torch.autograd.grad(_without_checkpoints(chain)(images), chain.trained)
     torch.testing.assert_close([p.grad for p in chain.trained], list(plain))
 
@@ -793,14 +793,14 @@ def test_first_gate_in_a_hook_or_in_threads(unmeasured):
     out = torch.zeros(3, requires_grad=True) * 1
     out.register_hook(first_gate)
     out.sum().backward()
-    with_hook = ops._Probe.counts
-    ops._Probe.counts = {}
+    with_hook = gradient_ownership.Probe.counts
+    gradient_ownership.Probe.counts = {}
     threads = [threading.Thread(target=_small_gate) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert with_hook == ops._Probe.counts == unmeasured
+    assert with_hook == gradient_ownership.Probe.counts == unmeasured
 
 
 def test_measuring_disturbs_nothing(unmeasured):
@@ -812,7 +812,7 @@ def test_measuring_disturbs_nothing(unmeasured):
     for _ in range(2):  # the first one measures
         with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t), torch.no_grad():
             gp.prompt_gate(h, h, logit, 1, P)
-        assert not torch.is_grad_enabled() or ops._Probe.counts == unmeasured
+        assert not torch.is_grad_enabled() or gradient_ownership.Probe.counts == unmeasured
     hook.remove()
     assert not hooks
     assert torch.equal(torch.get_rng_state(), state)
@@ -821,7 +821,7 @@ def test_measuring_disturbs_nothing(unmeasured):
         packed.clear()
         gp.prompt_gate(h, h, logit, 1, P)
         second = len(packed)
-        ops._Probe.counts = {}
+        gradient_ownership.Probe.counts = {}
         gp.prompt_gate(h, h, logit, 1, P)
         assert len(packed) == 2 * second
 
@@ -912,7 +912,7 @@ def test_random_graphs_have_the_same_bits_without_reuse(block, monkeypatch, reus
         got = graph.run()
         assert all(torch.equal(a, b) for a, b in zip(graph.kept, graph.seen, strict=True)), seed
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_REUSES_GRADIENTS", False)
+            patch.setattr(gradient_ownership, "_REUSES_GRADIENTS", False)
             wanted = _RandomGraph(seed).run()
         assert len(got) == len(wanted)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), seed

@@ -2,6 +2,7 @@
 """The house: who may import whom, and what an import of the package brings along."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -12,34 +13,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gated_prompt"
 
-# A module imports only from rows above its own.
-LAYERS = (
-    {"reference", "ops"},
-    {"functional"},
-    {"modules", "attention", "prompt_init", "checkpoint"},
-    {"shortcuts"},
-    {"vit"},
-    {"backbones"},
-    {"artifacts"},
-    {"tune", "plots"},
-    {"demo", "profile"},
-    {"cli"},
-)
-THIRD_PARTY = {
-    "timm",
-    "xformers",
-    "safetensors",
-    "sklearn",
-    "matplotlib",
-    "rich",
-    "tyro",
-    "torchmetrics",
+# What each folder may import, beyond torch and the standard library: of the package, the folders
+# below it; of others, what its extra brings (pyproject.toml).
+FOLDERS = {
+    "": ((), ()),
+    "vit": (("",), ("timm", "safetensors", "numpy", "xformers")),
+    "job": (
+        ("", "vit"),
+        ("timm", "numpy", "sklearn", "matplotlib", "rich", "tyro", "torchmetrics", "tensorboard"),
+    ),
 }
+THIRD_PARTY = set().union(*(brought for _, brought in FOLDERS.values())) - {
+    "numpy"
+}  # torch imports it
+# Within functions, for those who have them.
+OPTIONAL = {"ops.py": {"nvtx"}, "temperature.py": {"xformers"}, "vit/prompt_init.py": {"sklearn"}}
+FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+LAZY = ("__init__.py", "__main__.py")  # of the package: these lead to all of it
+MODULES = [name for name in FILES if name not in LAZY]
 
 
-def imports_of(path):
+def imports_of(name):
     """Modules that a file imports anywhere in it, as dotted names."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -47,33 +43,47 @@ def imports_of(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def module_files():
-    return [p for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__")]
+def folder_of(name):
+    return name.rpartition("/")[0]
 
 
-def test_every_module_has_a_layer():
-    assert {p.stem for p in module_files()} == set().union(*LAYERS)
+def files_imported_by(name):
+    """Files of the package, a module by what it is called: vit.wrap is vit/wrap.py."""
+    inside = (n.removeprefix("gated_prompt.") for n in imports_of(name) if "gated_prompt." in n)
+    found = {f"{part.replace('.', '/')}.py" for part in inside}
+    return found & set(FILES) - {name}
 
 
-@pytest.mark.parametrize("path", module_files(), ids=lambda p: p.stem)
-def test_imports_point_downwards(path):
-    level = next(i for i, layer in enumerate(LAYERS) if path.stem in layer)
-    below = set().union(*LAYERS[:level])
-    inside = {name.split(".")[1] for name in imports_of(path) if name.startswith("gated_prompt.")}
-    compiled = {"_C", "_C_cuda"} if path.stem == "ops" else set()
-    assert inside & set().union(*LAYERS) <= below
-    assert {name for name in inside if name.startswith("_C")} <= compiled
+def test_there_is_no_other_folder():
+    assert {folder_of(name) for name in FILES} == set(FOLDERS)
 
 
-def test_the_op_needs_torch_alone():
-    for stem in ("reference", "ops", "functional", "modules"):
-        third_party = {name.split(".")[0] for name in imports_of(PACKAGE / f"{stem}.py")}
-        assert third_party & THIRD_PARTY == set(), stem
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_imports_its_own_folder_and_those_below(name):
+    below, _ = FOLDERS[folder_of(name)]
+    assert {folder_of(file) for file in files_imported_by(name)} <= {folder_of(name), *below}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_imports_what_its_extra_brings(name):
+    _, brought = FOLDERS[folder_of(name)]
+    others = {n.split(".")[0] for n in imports_of(name)} - set(sys.stdlib_module_names)
+    allowed = {"torch", "gated_prompt", *brought, *OPTIONAL.get(name, ())}
+    assert others <= allowed
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {name: files_imported_by(name) for name in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_compiled_modules_are_imported_in_one_file():
+    users = {n for n in FILES if any(i.startswith("gated_prompt._C") for i in imports_of(n))}
+    assert users == {"ops.py"}
 
 
 def test_xformers_is_imported_in_one_file():
-    users = {p.stem for p in module_files() if any("xformers" in n for n in imports_of(p))}
-    assert users == {"attention"}
+    assert {n for n in FILES if any("xformers" in i for i in imports_of(n))} == {"temperature.py"}
 
 
 def test_torch_headers_are_in_the_bindings_alone():

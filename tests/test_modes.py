@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gated_prompt as gp
-from gated_prompt import ops, reference
+from gated_prompt import autograd, reference
 
 B, N, D, P = 2, 7, 12, 3
 GATES = ("scalar", "channel", "token", "sample", "full", "linear", "linear-token")
@@ -557,7 +557,7 @@ def test_tensor_subclasses_run_the_traced_form(monkeypatch, gate, form):
     def kernels(*args):
         raise AssertionError("a subclass may look at the ops; it must not be handed to the kernels")
 
-    for function in (ops.PromptGateFunction, ops.PromptGateLinearFunction):
+    for function in (autograd.PromptGateFunction, autograd.PromptGateLinearFunction):
         monkeypatch.setattr(function, "apply", kernels)
     tensors = draw(gate, form)
     wanted = call(gate, form, "mix", *tensors, module=reference)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import timm_or_skip
 
-from gated_prompt import attention, ops
+from gated_prompt import ops
+from gated_prompt import temperature as attention
+from gated_prompt.vit import attention as vit_attention
 
 STAND_IN = """
 told = []
@@ -110,14 +112,14 @@ def test_without_the_variable_nothing_is_wrapped():
     assert ops.prompt_gate_linear_token_fwd_ is raw.prompt_gate_linear_token_fwd_.default
     assert ops.prompt_gate_bwd_ is raw.prompt_gate_bwd_.default
     assert attention.scaled_dot is ops.scaled_dot is raw.scaled_dot.default
-    assert attention.divide_rows is ops.divide_rows is raw.divide_rows.default
+    assert vit_attention.divide_rows is ops.divide_rows is raw.divide_rows.default
     for name, function in attention._KERNELS.items():
         assert function in (attention._sdpa, attention._math, attention._xformers_attention), name
 
 
 @pytest.mark.parametrize("value", ["", "0"])
 def test_without_the_variable_nvtx_is_not_imported(run, value):
-    code = "import sys, gated_prompt, gated_prompt.attention; print('nvtx' in sys.modules)"
+    code = "import sys, gated_prompt, gated_prompt.vit.attention; print('nvtx' in sys.modules)"
     assert run(code, value).stdout.strip() == "False"
 
 

@@ -14,8 +14,8 @@ timm = timm_or_skip()
 pytest.importorskip("rich", reason="the profile needs rich: the extra tune")
 
 import gated_prompt as gp
-from gated_prompt import cli
-from gated_prompt.profile import (
+from gated_prompt.job import cli
+from gated_prompt.job.profile import (
     KINDS,
     REST,
     ProfileConfig,

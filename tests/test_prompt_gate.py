@@ -28,7 +28,7 @@ from cases import (
 )
 
 import gated_prompt as gp
-from gated_prompt import functional, ops, reference
+from gated_prompt import autograd, checks, ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,14 +95,14 @@ def one_term_after_the_other(h, weight, bias):
 def test_rule_allows_another_order_of_a_logits_sum_and_no_more(monkeypatch):
     """On CUDA the op and the eager form take different GEMMs, and eager may be the nearer one."""
     case = Case(2, 60, 768, 1, 50, gate="linear", inplace=True)
-    monkeypatch.setattr(ops, "linear_logit", one_term_after_the_other)
+    monkeypatch.setattr(autograd, "linear_logit", one_term_after_the_other)
     check_against_reference(case)
     for wrong in (
         lambda h, weight, bias: F.linear(h, weight, bias) * (1 + 1e-4),
         lambda h, weight, bias: F.linear(h[..., 1:], weight[:, 1:], bias),
         lambda h, weight, bias: F.linear(h, weight.bfloat16().float(), bias),
     ):
-        monkeypatch.setattr(ops, "linear_logit", wrong)
+        monkeypatch.setattr(autograd, "linear_logit", wrong)
         with pytest.raises(AssertionError, match="out: error"):
             check_against_reference(case)
 
@@ -259,7 +259,7 @@ def bwd_sizes(monkeypatch):
         sizes.append([t.numel() for t in result])
         return result
 
-    monkeypatch.setattr(ops, "prompt_gate_bwd_", spy)
+    monkeypatch.setattr(autograd, "prompt_gate_bwd_", spy)
     return sizes
 
 
@@ -330,9 +330,9 @@ def test_nothing_is_saved_for_evaluation(device, gate, monkeypatch):
         sizes.extend(t.numel() for t in tensors)
         return tensors
 
-    monkeypatch.setattr(ops, "prompt_gate_fwd_", lambda *a: count([fwd(*a)])[0])
+    monkeypatch.setattr(autograd, "prompt_gate_fwd_", lambda *a: count([fwd(*a)])[0])
     monkeypatch.setattr(
-        ops, "prompt_gate_linear_token_fwd_", lambda *a: count(linear_token_fwd(*a))
+        autograd, "prompt_gate_linear_token_fwd_", lambda *a: count(linear_token_fwd(*a))
     )
     case = Case(gate=gate, inplace=True, device=device)
     (h, x, *gates), _ = leaves_of(case)
@@ -718,4 +718,4 @@ def test_large_tensors_and_batches_on_cuda(shape):
 
 
 def test_dtype_tables_agree():
-    assert functional.DTYPES == DTYPES
+    assert checks.DTYPES == DTYPES

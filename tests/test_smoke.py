@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gated_prompt as gp
-from gated_prompt import ops
+from gated_prompt import autograd, ops
 
 SHAPES = {  # of the logit, from B, P, D
     "scalar": lambda b, p, d: (),
@@ -224,8 +224,8 @@ def test_gradients_are_written_in_place(device, monkeypatch):
     Not among the small tests: under compute-sanitizer Python's frames stay alive, and with them
     more users of a gradient.
     """
-    found, real = [], ops._is_reusable
-    monkeypatch.setattr(ops, "_is_reusable", lambda *a: found.append(real(*a)) or found[-1])
+    found, real = [], autograd.is_reusable
+    monkeypatch.setattr(autograd, "is_reusable", lambda *a: found.append(real(*a)) or found[-1])
     torch.use_deterministic_algorithms(False)
     gates = [gp.PromptGate("scalar", dim=64, num_prompts=5, init=0.3).to(device) for _ in range(2)]
     x = torch.randn(2, 9, 64, device=device, requires_grad=True)

@@ -13,8 +13,8 @@ timm_or_skip()
 from timm.models.vision_transformer import VisionTransformer
 
 import gated_prompt as gp
-from gated_prompt import tune as tuning
-from gated_prompt.tune import (
+from gated_prompt.job import tune as tuning
+from gated_prompt.job.tune import (
     GraphedStep,
     TuneConfig,
     evaluate,

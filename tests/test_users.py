@@ -17,8 +17,8 @@ timm = timm_or_skip()
 from restated import make_case, small_eva, small_vit, tuned
 from timm.data import resolve_model_data_config
 
-from gated_prompt.checkpoint import CheckpointError
-from gated_prompt.tune import evaluate
+from gated_prompt.job.tune import evaluate
+from gated_prompt.vit.checkpoint_file import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTED = ["vpt-shallow", "vpt-deep", "gpt", "gpt-deep"]

@@ -11,7 +11,8 @@ from conftest import timm_or_skip
 from torch import nn
 
 import gated_prompt as gp
-from gated_prompt import attention, ops
+from gated_prompt import autograd
+from gated_prompt import temperature as attention
 
 timm = timm_or_skip()
 from restated import (
@@ -97,8 +98,10 @@ def test_a_gate_saves_one_slice_and_makes_no_dense_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16 autocast"], ids=str)
 def test_second_system_trains_stably_from_its_default_start(dtype, monkeypatch):
     """Its prompts grow with each block, since x + g*h doubles them where g is 1."""
-    calls, kernel = [], ops.prompt_gate_fwd_
-    monkeypatch.setattr(ops, "prompt_gate_fwd_", lambda *args: calls.append(1) or kernel(*args))
+    calls, kernel = [], autograd.prompt_gate_fwd_
+    monkeypatch.setattr(
+        autograd, "prompt_gate_fwd_", lambda *args: calls.append(1) or kernel(*args)
+    )
     vit = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=64, depth=12, num_heads=4, num_classes=4
     )

@@ -28,7 +28,7 @@ def demo(argv: list[str]) -> None:
     with _extra("demo"):
         import tyro
 
-        from gated_prompt.demo import DemoConfig, run_demo
+        from gated_prompt.job.demo import DemoConfig, run_demo
     run_demo(tyro.cli(DemoConfig, args=argv, prog="gated-prompt demo"))
 
 
@@ -37,7 +37,7 @@ def profile(argv: list[str]) -> None:
     with _extra("profile"):
         import tyro
 
-        from gated_prompt.profile import ProfileConfig, run_profile
+        from gated_prompt.job.profile import ProfileConfig, run_profile
     run_profile(tyro.cli(ProfileConfig, args=argv, prog="gated-prompt profile"))
 
 
@@ -64,7 +64,7 @@ def info_lines() -> list[tuple[str, str]]:
     import torch
 
     import gated_prompt
-    from gated_prompt import attention, ops
+    from gated_prompt import ops, temperature
 
     build = ops.build_info()
     lines = [
@@ -92,7 +92,7 @@ def info_lines() -> list[tuple[str, str]]:
                     f"{'runs these kernels' if runs else 'has no kernels in this build'}",
                 )
             )
-    for backend in attention.BACKENDS[1:]:
-        why_not = attention.unavailable_reason(backend)
+    for backend in temperature.BACKENDS[1:]:
+        why_not = temperature.unavailable_reason(backend)
         lines.append((f"attention {backend}", "usable" if why_not is None else f"no: {why_not}"))
     return lines

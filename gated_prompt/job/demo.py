@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from gated_prompt import __version__
-from gated_prompt.attention import TEMPERATURE_RANGE
-from gated_prompt.plots import plot_gates, plot_scenes
-from gated_prompt.tune import TuneConfig, evaluate, seeded, tune, warmup_cosine
-from gated_prompt.vit import wrap
+from gated_prompt.job.plots import plot_gates, plot_scenes
+from gated_prompt.job.tune import TuneConfig, evaluate, seeded, tune, warmup_cosine
+from gated_prompt.temperature import TEMPERATURE_RANGE
+from gated_prompt.vit.wrap import wrap
 
 DIGIT, SCENE = 8, 16  # pixels a side; a scene has four cells for digits
 # What is tuned: options of `wrap` and rates that differ from the recipe's.

@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from gated_prompt import __version__
-from gated_prompt.vit import wrap
+from gated_prompt.vit.wrap import wrap
 
 WAIT, WARMUP = 2, 1  # steps before those that count: compiles and allocates; starts the tracer
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

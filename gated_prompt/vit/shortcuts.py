@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from gated_prompt.attention import FrozenProjection, Tempering, attend, is_transformed
+from gated_prompt.temperature import attend, is_transformed
+from gated_prompt.vit.attention import FrozenProjection, Tempering
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 PRE_NORM_BLOCKS = (Block, EvaBlock)

@@ -25,21 +25,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gated_prompt import __version__
-from gated_prompt.attention import original_norm
-from gated_prompt.backbones import create_backbone
-from gated_prompt.checkpoint import CheckpointError, first_names
-from gated_prompt.prompt_init import DATA_INITS
-from gated_prompt.shortcuts import attention_of, uncompiled
-from gated_prompt.vit import (
-    GatedPromptViT,
-    check_backbone,
-    has_our_forward,
-    make_tuned,
-    originals_of,
-    unpatched_name,
-    unwrap,
-    wrap,
-)
+from gated_prompt.vit.attention import original_norm
+from gated_prompt.vit.backbones import create_backbone
+from gated_prompt.vit.checkpoint_file import CheckpointError, first_names
+from gated_prompt.vit.model import GatedPromptViT
+from gated_prompt.vit.prompt_init import DATA_INITS
+from gated_prompt.vit.shortcuts import attention_of, uncompiled
+from gated_prompt.vit.wrap import check_backbone, make_tuned, unwrap, wrap
+from gated_prompt.vit.wrapping import has_our_forward, originals_of, unpatched_name
 
 FORMAT = 1
 TENSORS, CONFIG = "tuned.safetensors", "config.json"

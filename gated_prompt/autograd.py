@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gates as autograd Functions over the raw ops."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from gated_prompt.gradient_ownership import calibrate, is_reusable, use_counts
+from gated_prompt.ops import prompt_gate_bwd_, prompt_gate_fwd_, prompt_gate_linear_token_fwd_
+
+
+class PromptGateFunction(torch.autograd.Function):
+    """The gate on rows [start, start + length) of block_out [B, N, D], in place.
+
+    rows [B, P, D] are the prompt rows of block_in; gate_logit broadcasts to [B, P, D]. carrier, if
+    it is not None, receives the gradient of `rows`; if `carries`, another carrier [B, P, D] is
+    returned together with block_out. The values of that one mean nothing; its gradient is that of
+    the updated rows, from the next gate. Between forward and backward one [B, P, D] tensor is kept,
+    (h - x) / 2 (mix) or h (residual), and only if `save`, that is if the gate needs a gradient. It
+    is not rebuilt from the result: with g = 4.5e-5 that division loses every digit of bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, block_out, rows, carrier, carries, gate_logit, start, length, mix, save):
+        saved = prompt_gate_fwd_(block_out, rows, gate_logit, start, length, mix, save)
+        ctx.save_for_backward(saved, gate_logit)
+        return _outputs(ctx, block_out, rows, saved, carries, start, length, mix)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_carrier=None):
+        counts = use_counts(grad_out)
+        if grad_out is None and grad_carrier is None:
+            return (None,) * 9
+        may_write = is_reusable(grad_out, counts)
+        with _without_autograd(ctx.device_type):
+            saved, gate_logit = ctx.saved_tensors
+            grad_out, grad_in, grad_logit, _ = _gate_backward(
+                ctx, grad_out, grad_carrier, may_write,
+                saved, gate_logit, ctx.needs_input_grad[4], False,
+            )  # fmt: skip
+        return _needed(ctx, grad_out, grad_in, grad_in, None, grad_logit)
+
+
+class PromptGateLinearFunction(torch.autograd.Function):
+    """`PromptGateFunction` with gate_logit = h @ weight.T + bias, h the prompt rows of block_out.
+
+    weight is [D, D] or [1, D]. Between forward and backward are kept: the logit, [B, P, D] or
+    [B, P, 1]; what block_out, weight and bias need of h and x, as in `PromptGateFunction`; and, for
+    weight, h [B, P, D], which for the rule residual is the same. `saves` says which of the three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, block_out, rows, carrier, carries, weight, bias, start, length, mix, saves
+    ):  # fmt: skip
+        save_logit, save, save_rows = saves
+        if weight.shape[0] == 1:
+            logit, saved, h = prompt_gate_linear_token_fwd_(
+                block_out, rows, weight[0], bias, start, length, mix,
+                save_logit, save, save_rows and mix,
+            )  # fmt: skip
+        else:
+            h = block_out[:, start : start + length].clone(memory_format=torch.contiguous_format)
+            logit = linear_logit(h, weight, bias)
+            saved = prompt_gate_fwd_(block_out, rows, logit, start, length, mix, save and mix)
+            if save and not mix:
+                saved = h
+        # for the rule residual, `saved` is h itself
+        ctx.save_for_backward(logit, saved, weight, *((h,) if save_rows and mix else ()))
+        return _outputs(ctx, block_out, rows, saved, carries, start, length, mix)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_carrier=None):
+        counts = use_counts(grad_out)
+        if grad_out is None and grad_carrier is None:
+            return (None,) * 10
+        may_write, grad_weight = is_reusable(grad_out, counts), None
+        need_out, (need_weight, need_bias) = ctx.needs_input_grad[0], ctx.needs_input_grad[4:6]
+        with _without_autograd(ctx.device_type):
+            logit, saved, weight, *kept = ctx.saved_tensors
+            grad_out, grad_in, grad_logit, grad_bias = _gate_backward(
+                ctx, grad_out, grad_carrier, may_write,
+                saved, logit, need_out or need_weight, need_bias,
+            )  # fmt: skip
+            if need_out:  # h changes the logit, too
+                rows = grad_out[:, ctx.start : ctx.start + ctx.length]
+                _add_product_(rows, grad_logit, weight.to(rows.dtype))
+            if need_weight:
+                h = kept[0] if kept else saved
+                grad_weight = _weight_gradient(grad_logit, h).to(weight.dtype)
+        return _needed(ctx, grad_out, grad_in, grad_in, None, grad_weight, grad_bias)
+
+
+def linear_logit(h, weight, bias):
+    """h @ weight.T + bias in h's dtype, for weight [1, D] in float32 (float64); autocast or not."""
+    dtype = h.dtype if weight.shape[0] != 1 else torch.promote_types(h.dtype, torch.float32)
+    bias = None if bias is None else bias.to(dtype)
+    with no_autocast(h.device.type):
+        return torch.nn.functional.linear(h.to(dtype), weight.to(dtype), bias)
+
+
+def is_autocast(device_type):
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type):
+    if not is_autocast(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+# ---- forward ----
+
+
+def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
+    calibrate()
+    ctx.mark_dirty(block_out)
+    ctx.set_materialize_grads(False)
+    ctx.start, ctx.length, ctx.mix, ctx.in_dtype = start, length, mix, rows.dtype
+    ctx.device_type = block_out.device.type
+    if not carries:
+        return block_out
+    ctx.like = block_out.shape, block_out.dtype, block_out.device
+    if saved.shape == rows.shape:  # whatever has the shape serves as a carrier
+        return block_out, saved.detach()
+    return block_out, block_out.new_empty(()).expand(rows.shape)
+
+
+# ---- backward ----
+
+# Whether torch.autograd.grad(is_grads_batched=True) maps a backward over many gradients.
+_is_mapped = torch._C._functorch.is_legacy_batchedtensor
+_NOTHING = contextlib.nullcontext()
+
+
+def _without_autograd(device_type):
+    if torch.is_grad_enabled() or is_autocast(device_type):
+        return _no_grad_no_autocast(device_type)
+    return _NOTHING
+
+
+@contextlib.contextmanager
+def _no_grad_no_autocast(device_type):
+    with torch.no_grad(), no_autocast(device_type):
+        yield
+
+
+def _gate_backward(
+    ctx, grad_out, grad_carrier, may_write, saved, gate_logit, need_logit, need_bias
+):  # fmt: skip
+    """The gradients of block_out, which takes the place of grad_out or, unless `may_write`, of a
+    copy; of rows; of gate_logit; and of a bias in that."""
+    need_out, need_in, need_carrier = ctx.needs_input_grad[:3]
+    if grad_out is None:  # of the sequence nothing was used but its carrier
+        shape, dtype, device = ctx.like
+        grad_out, may_write = torch.zeros(shape, dtype=dtype, device=device), True
+    if _is_mapped(grad_out) or (grad_carrier is not None and _is_mapped(grad_carrier)):
+        return _mapped_gate_backward(
+            ctx, grad_out, grad_carrier, saved, gate_logit, need_logit, need_bias
+        )
+    if need_out and not may_write:
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    grad_out = grad_out.resolve_neg()
+    grads = prompt_gate_bwd_(
+        grad_out, saved, gate_logit, grad_carrier, ctx.start, ctx.length, ctx.mix,
+        need_out, need_in or need_carrier, need_logit, need_bias, ctx.in_dtype,
+    )  # fmt: skip
+    return grad_out, *grads
+
+
+def _mapped_gate_backward(
+    ctx, grad_out, grad_carrier, saved, gate_logit, need_logit, need_bias
+):  # fmt: skip
+    """The same in aten."""
+    grad_out = grad_out.resolve_neg()
+    dtype = torch.promote_types(grad_out.dtype, torch.float32)
+    rows = grad_out[:, ctx.start : ctx.start + ctx.length].to(dtype)
+    rows = rows if grad_carrier is None else rows + grad_carrier.to(dtype)
+    g = gate_logit.to(dtype).sigmoid()
+    grad_in = ((1 - g if ctx.mix else 1) * rows).to(ctx.in_dtype)
+    grad_rows = (g * rows).to(grad_out.dtype)
+    grad_out = grad_out.slice_scatter(grad_rows, 1, ctx.start, ctx.start + ctx.length)
+    grad_logit = grad_bias = None
+    if need_logit or need_bias:
+        grad_logit = (2 if ctx.mix else 1) * g * (1 - g) * saved.to(dtype) * rows
+        own = gate_logit.shape
+        grad_logit = grad_logit.sum_to_size(own)
+        grad_bias = grad_logit.sum((0, 1)) if need_bias else None
+        grad_logit = grad_logit.to(gate_logit.dtype)
+    return grad_out, grad_in, grad_logit, grad_bias
+
+
+def _add_product_(rows, grad_logit, weight):
+    """rows [B, P, D] += grad_logit @ weight."""
+    is_mapped = _is_mapped(rows)
+    if weight.shape[0] == 1 and not is_mapped:
+        rows.addcmul_(grad_logit.to(rows.dtype), weight)
+    elif rows.is_cuda and not is_mapped:
+        rows.baddbmm_(grad_logit, weight.expand(len(rows), -1, -1))
+    else:  # on a CPU, a GEMM that accumulates is slower than a GEMM and a sum
+        rows += grad_logit.to(rows.dtype) @ weight
+
+
+def _weight_gradient(grad_logit, h):
+    """grad_logit.T @ h, summed over samples and prompts."""
+    count = grad_logit.shape[0] * grad_logit.shape[1]
+    h = h.reshape(count, h.shape[-1])
+    return grad_logit.reshape(count, grad_logit.shape[-1]).to(h.dtype).transpose(0, 1) @ h
+
+
+def _needed(ctx, *grads):
+    """A gradient for each argument of forward, None for those that need none."""
+    needs = ctx.needs_input_grad
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    grads += [None] * (len(needs) - len(grads))
+    if torch.is_grad_enabled():  # create_graph=True
+        anchor = torch.empty((), requires_grad=True)
+        guarded = _NoSecondDerivative.apply(anchor, *(g for g in grads if g is not None))
+        guarded = iter(guarded)
+        grads = [None if grad is None else next(guarded) for grad in grads]
+    return tuple(grads)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on gradients that raises when differentiated.
+
+    torch's once_differentiable does so only where the incoming gradient requires grad; here the
+    gate's own inputs are missing from the graph of the gradient as well, and a silent zero would be
+    wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "prompt_gate: the kernels have no second derivative; use torch.func (grad, jvp, "
+            "hessian), which also serves what wrap returns, or gated_prompt.reference.prompt_gate "
+            "(prompt_gate_linear)"
+        )

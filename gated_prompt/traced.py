@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate in aten, for whatever looks at each op: compilers, exporters, function transforms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_prompt.ops import copy_rows
+
+
+def traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: int, length: int):
+    """h and x, copied from what is, or may later be, overwritten, since the products save them; and
+    the rows to write."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "prompt_gate_: torch.onnx.export(dynamo=False) leaves writes to slices out of the "
+            "file; use dynamo=True, or prompt_gate (prompt_gate_linear)"
+        )
+    if carrier is not None and carrier.requires_grad and not rows.requires_grad:
+        raise RuntimeError(
+            "prompt_gate_: a compiled or transformed gate sends its gradient through block_in, not "
+            "through carrier; pass block_in without detach(), got one that does not require grad"
+        )
+    target = block_out[:, start : start + length]
+    if torch.compiler.is_dynamo_compiling() and torch.autograd.forward_ad._current_level < 0:
+        return copy_rows(target), copy_rows(rows), target
+    return target.clone(), rows, target
+
+
+def traced_result(block_out: Tensor, carrier: Tensor | None, start: int, length: int):
+    # the gradient has gone to block_in; for the next gate it comes back through these rows
+    return block_out if carrier is None else (block_out, block_out[:, start : start + length])
+
+
+def with_rows(block_out: Tensor, new: Tensor, start: int, length: int) -> Tensor:
+    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) has no slice_scatter
+        return torch.cat([block_out[:, :start], new, block_out[:, start + length :]], dim=1)
+    return block_out.slice_scatter(new, 1, start, start + length)
+
+
+def gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
+    """The formula in aten, [B, P, D]: what compilers and function transforms see."""
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    g = gate_logit.to(dtype).sigmoid()
+    x = x.to(dtype)
+    new = g * h.to(dtype) + (1 - g) * x if rule == "mix" else x + g * h.to(dtype)
+    return new.to(h.dtype)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether something looks at the ops: torch.compile, export, functorch, forward AD, subclasses.
+
+    A compiler must see aten: an opaque op would keep Inductor from fusing the gate into its
+    neighbours, and a mutating custom op is miscompiled in some aliasing patterns (pytorch#198031,
+    #153389).
+    """
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:  # any() over a generator takes three times as long
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )

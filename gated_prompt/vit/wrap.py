@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`wrap` and `unwrap`, and what they require."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from gated_prompt.checks import DTYPES, RULES
+from gated_prompt.modules import (
+    GATES,
+    POSITIONS,
+    PROMPT_INITS,
+    DeepPromptTokens,
+    PromptGate,
+    PromptTokens,
+)
+from gated_prompt.temperature import BACKENDS, TEMPERATURE_RANGE, unavailable_reason
+from gated_prompt.vit.model import GatedPromptViT
+from gated_prompt.vit.prompt_init import DATA_INITS
+from gated_prompt.vit.shortcuts import ATTENTIONS, PRE_NORM_BLOCKS, attention_of, uncompiled
+from gated_prompt.vit.wrapping import (
+    MARK,
+    METHODS_OF_TIMM,
+    callable_parts,
+    has_our_forward,
+    is_wrapped,
+    patched_methods,
+    says_patched,
+)
+
+METHODS = ("linear", "full", "bias", "partial-k", "vpt-shallow", "vpt-deep", "gpt", "gpt-deep")
+POOLS = ("cls", "patch", "prompt", "prompt+patch")
+MEMORY = ("default", "low")
+LAST_BLOCK = ("auto", "all-rows", "pooled-rows")
+
+
+def wrap(
+    vit: nn.Module,
+    method: str = "gpt",
+    *,
+    num_prompts: int = 100,
+    gate: str | None = "scalar",
+    rule: str = "mix",
+    gate_init: float | None = None,
+    gated_blocks: int | None = None,
+    temperature: bool | float = True,
+    prompt_position: str = "start",
+    prompt_dropout: float = 0.1,
+    prompt_init: str = "uniform",
+    init_images: Tensor | Iterable | None = None,
+    pool: str | None = None,
+    attention: str = "auto",
+    memory: str = "default",
+    last_block: str = "auto",
+    frozen_dtype: torch.dtype | None = None,
+) -> GatedPromptViT:
+    """Freezes a timm ViT and adds what `method` tunes.
+
+    The instance `vit` is changed until `unwrap`: its parameters stop requiring gradients, and the
+    attention of each block is replaced where the method has prompts. A new linear head with
+    `vit.num_classes` outputs is made (none if that is 0), as VPT starts it: first losses are well
+    above ln(classes); `vit.head` stays as it is, unused.
+
+    Args:
+        vit: A timm `VisionTransformer` or `Eva` (DINOv3, EVA-02 and others with rotary positions).
+        method: What is tuned, each with the head:
+            "linear": nothing else;
+            "full": the backbone; "bias": its biases; "partial-k" ("partial-1", ...): its last k
+            blocks and its final norm;
+            "vpt-shallow": prompts that enter the first block; "vpt-deep": fresh prompts for every
+            block, which replace what the last block made of its own;
+            "gpt": prompts at the first block, a gate per block, a temperature per block;
+            "gpt-deep": that with fresh prompts for every block: where the gate is closed they take
+            the place of the last block's, as in vpt-deep, where it is open they have no effect.
+        num_prompts: P. Not used by methods without prompts.
+        gate, rule: See `PromptGate`; "gpt" and "gpt-deep" only. A gate for the block ("scalar"),
+            each channel ("channel"), each prompt ("token"), both ("full"); or decided by each
+            prompt's own output, for each channel ("linear") or all ("linear-token"). rule: "mix" or
+            "residual". gate=None: temperatures alone.
+        gate_init: The `init` of `PromptGate`; None: nearly closed, -5, but for the linear gates,
+            which start near 0.5.
+        gated_blocks: How many blocks, from the first, have a gate. None: all but the last
+            (rule="mix"), all (rule="residual").
+        temperature: "gpt" and "gpt-deep" only. True: learnable in every block, from 1. False: 1. A
+            float: that constant.
+        prompt_position, prompt_dropout: See `PromptTokens`.
+        prompt_init: "uniform" or "normal", see `PromptTokens`; or from the patch tokens of
+            init_images as they enter the block (position embeddings in them): "mean",
+            "random-token", "kmeans", see `gated_prompt.vit.prompt_init.prototypes`.
+        init_images: For these: [M, C, H, W], or an iterable of batches, which may be (images,
+            labels) pairs; normalised as for training, without augmentation.
+        pool: What the head reads. "cls": the class token. "patch", "prompt", "prompt+patch": the
+            mean of these tokens. The backbone's own final norm comes after. None: "prompt+patch"
+            for MAE (as in the paper; told by timm's tag, or by `load_backbone`), else what the
+            backbone was built with; it must be said for one that norms before it pools (DINOv3,
+            SigLIP).
+        attention: Backend, see `tempered_attention`. Methods without prompts keep timm's own
+            attention where it is "auto" or "sdpa".
+        memory: "low": the MLP's hidden layer, 4 of the 10 activations of size D that a frozen block
+            keeps for each token, is computed a second time in backward: the same gradients.
+        last_block: "pooled-rows": `forward` computes, in the last block, only the tokens that the
+            pool reads; the same logits. Not where the last block has a gate. "all-rows": all.
+            "auto": "pooled-rows" for prompted methods where it gains much, pool="cls" and
+            "prompt", and can be had.
+        frozen_dtype: Keeps the weights of frozen linear and convolution layers in this dtype, such
+            as torch.bfloat16, for use under autocast to it, which otherwise casts them each time
+            they are used. `unwrap` puts the original back, which until then lies on the CPU.
+
+    Returns:
+        A `GatedPromptViT`.
+
+    Raises:
+        TypeError: vit is not one of these models, or one of its blocks has an attention that can't
+            have a temperature.
+        ValueError: an option is unknown or out of range, or does not go with another.
+        RuntimeError: vit is wrapped already, or attention can't run on this machine.
+
+    Source: Yoo et al., ICML 2023, arXiv 2306.05067, sections 3.2 and 3.3; head, prompt
+    initialisation and the methods compared as in Jia et al., ECCV 2022 (VPT).
+    """
+    options = {
+        name: value for name, value in locals().items() if name not in ("vit", "init_images")
+    }
+    check_backbone(vit)
+    _check_options(options)
+    options = _resolve(vit, options, init_images)
+    prompts, deep_prompts, gates = make_tuned(vit, options)
+    # nothing above has changed vit
+    _warn_of_frozen_adapters(vit)
+    model = GatedPromptViT(vit, options, prompts, deep_prompts, gates)
+    if method in ("full", "bias"):
+        _thaw(vit, biases_alone=method == "bias")
+    elif method.startswith("partial-"):
+        _thaw(nn.ModuleList([*vit.blocks[-_tuned_blocks(method) :], vit.norm, vit.fc_norm]))
+    try:
+        if prompts is not None and init_images is not None:
+            model._init_prompts(init_images, prompt_init)
+        if frozen_dtype is not None:
+            model._wrapping.narrow(vit, frozen_dtype)
+    except Exception:
+        unwrap(model)
+        raise
+    model._warn_of_coarse_parameters()
+    return model
+
+
+def unwrap(model: GatedPromptViT | nn.Module) -> nn.Module:
+    """The timm model as it was before `wrap`: requires_grad, train mode, dtypes. What others have
+    put on it since stays.
+
+    What "full", "bias" and "partial-k" have tuned of it stays tuned. The wrapper is of no use
+    afterwards: save what was tuned before.
+
+    Args:
+        model: What `wrap` returned; or the timm model that it was given, if that was lost.
+    """
+    if isinstance(model, GatedPromptViT):
+        model.require_wrapped("unwrap")
+        model = model.backbone
+    wrapping = vars(model).get(MARK) if isinstance(model, nn.Module) else None
+    if wrapping is None:
+        raise TypeError(
+            "unwrap: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
+            f"or .module), or its backbone, got {type(model).__name__}"
+        )
+    wrapping.undo(model)
+    return model
+
+
+# ---- what is required ----
+
+
+def check_backbone(vit) -> None:
+    if hasattr(vit, "_orig_mod"):
+        raise TypeError(
+            "wrap: vit must be a timm VisionTransformer or Eva, got a compiled one; wrap "
+            "vit._orig_mod, and compile what wrap returns"
+        )
+    if isinstance(vit, GatedPromptViT):
+        raise TypeError(
+            "wrap: vit must be a timm VisionTransformer or Eva, got a model that is wrapped already"
+        )
+    if not isinstance(vit, (VisionTransformer, Eva)):
+        raise TypeError(
+            "wrap: vit must be a timm.models.vision_transformer.VisionTransformer or a "
+            f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}"
+        )
+    for name, known in METHODS_OF_TIMM.items():
+        if getattr(type(vit), name) not in known:
+            raise TypeError(
+                f"wrap: vit must have the {name} of its base class, got {type(vit).__name__}'s own"
+            )
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise TypeError(
+            "wrap: vit must have a timm.layers.PatchEmbed, got "
+            f"{type(vit.patch_embed).__module__}.{type(vit.patch_embed).__name__}"
+        )
+    if is_wrapped(vit):
+        raise RuntimeError("wrap: vit is wrapped already; call unwrap(vit) first")
+    patched = patched_methods(vit)
+    for module in callable_parts(vit):
+        if "forward" in vars(module) and not has_our_forward(module):
+            patched.append("forward")
+    if patched:
+        raise RuntimeError(f"wrap: {says_patched('vit', patched)}")
+
+
+def _check_options(options: dict) -> None:
+    for name in ("num_prompts", "gated_blocks"):
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            if name == "gated_blocks" and value is None:
+                continue
+            raise TypeError(f"wrap: {name} must be an int, got {type(value).__name__}")
+    temperature, dtype = options["temperature"], options["frozen_dtype"]
+    if not isinstance(temperature, (bool, int, float)):
+        raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"wrap: frozen_dtype must be one of {DTYPES}, got {dtype!r}")
+    if options["gate_init"] is not None and not math.isfinite(options["gate_init"]):
+        raise ValueError(f"wrap: gate_init must be finite, got {options['gate_init']}")
+    for name, allowed in (
+        ("method", METHODS),
+        ("gate", (None, *GATES)),
+        ("rule", RULES),
+        ("prompt_position", POSITIONS),
+        ("prompt_init", (*PROMPT_INITS, *DATA_INITS)),
+        ("pool", (None, *POOLS)),
+        ("attention", BACKENDS),
+        ("memory", MEMORY),
+        ("last_block", LAST_BLOCK),
+    ):
+        value = options[name]
+        if name == "method" and isinstance(value, str) and re.fullmatch(r"partial-\d+", value):
+            continue
+        if value not in allowed or value == "partial-k":
+            raise ValueError(f"wrap: {name} must be one of {allowed}, got {value!r}")
+    low, high = TEMPERATURE_RANGE
+    if not isinstance(temperature, bool) and not low <= temperature <= high:
+        raise ValueError(f"wrap: temperature must be in [{low}, {high}], got {temperature}")
+    if options["attention"] == "xformers" and unavailable_reason("xformers") is not None:
+        reason = unavailable_reason("xformers")
+        raise RuntimeError(f"wrap: attention='xformers' can't run: {reason}")
+
+
+def _tuned_blocks(method: str) -> int:
+    return int(method.removeprefix("partial-"))
+
+
+def _resolve(vit: nn.Module, options: dict, init_images) -> dict:
+    """The options with every default in place, once they go with vit and with each other."""
+    o, depth = dict(options), len(vit.blocks)
+    method, gate = o["method"], o["gate"]
+    has_prompts = method.startswith(("vpt", "gpt"))
+    if not has_prompts:
+        o["num_prompts"] = 0
+    elif o["num_prompts"] < 1:
+        raise ValueError(
+            f"wrap: num_prompts must be at least 1 for {method}, got {o['num_prompts']}"
+        )
+    if has_prompts and (o["prompt_init"] in DATA_INITS) != (init_images is not None):
+        needed = "needs init_images, got none" if init_images is None else "takes no init_images"
+        raise ValueError(f"wrap: prompt_init={o['prompt_init']!r} {needed}")
+    if method.startswith("partial-") and not 1 <= _tuned_blocks(method) <= depth:
+        raise ValueError(f"wrap: method 'partial-k' needs k in [1, {depth}], got {method!r}")
+    if method.endswith("-deep") and depth == 1:
+        raise ValueError(f"wrap: method {method!r} needs at least 2 blocks, and vit has 1")
+    if not method.startswith("gpt"):
+        o["gated_blocks"], o["temperature"] = 0, False
+    elif gate is None and o["gated_blocks"]:
+        raise ValueError(
+            f"wrap: gated_blocks must be 0 or None without a gate, got {o['gated_blocks']}"
+        )
+    elif o["gated_blocks"] is None:
+        o["gated_blocks"] = 0 if gate is None else depth - 1 if o["rule"] == "mix" else depth
+    if not 0 <= o["gated_blocks"] <= depth:
+        raise ValueError(f"wrap: gated_blocks must be in [0, {depth}], got {o['gated_blocks']}")
+    pool = o["pool"] = _default_pool(vit) if o["pool"] is None else o["pool"]
+    if pool == "prompt" and not has_prompts:
+        raise ValueError(f"wrap: pool='prompt' needs prompts, and method {method!r} has none")
+    if pool == "cls" and vit.cls_token is None:
+        raise ValueError("wrap: pool='cls' needs a class token, and vit has none")
+    is_last_gated = o["gated_blocks"] == depth
+    if o["last_block"] == "auto":
+        is_worth = has_prompts and pool in ("cls", "prompt") and not is_last_gated
+        is_pooled = is_worth and _is_known(vit.blocks[-1]) and _has_known_attention(vit.blocks[-1])
+        o["last_block"] = "pooled-rows" if is_pooled else "all-rows"
+    elif o["last_block"] == "pooled-rows" and is_last_gated:
+        raise ValueError(
+            "wrap: last_block='pooled-rows' needs a last block without a gate, got gated_blocks="
+            f"{depth} of {depth}"
+        )
+    is_low, is_pooled = o["memory"] == "low", o["last_block"] == "pooled-rows"
+    for block in vit.blocks if is_low else vit.blocks[-1:] if is_pooled else ():
+        if not _is_known(block):
+            raise TypeError(
+                f"wrap: memory={o['memory']!r} and last_block={o['last_block']!r} need timm's "
+                f"Block or EvaBlock, got {type(block).__module__}.{type(block).__name__}; "
+                "memory='default' and last_block='all-rows' take any"
+            )
+    needs_all = o["temperature"] is not False or o["attention"] not in ("auto", "sdpa")
+    for block in vit.blocks if needs_all else vit.blocks[-1:] if is_pooled else ():
+        if not _has_known_attention(block):
+            attn = attention_of(block)
+            raise TypeError(
+                "wrap: attn of each block must be a timm.layers.Attention or AttentionRope, or "
+                "a timm.models.eva.EvaAttention, for a temperature (temperature=False: none), "
+                f"an attention= and pooled rows, got {type(attn).__module__}."
+                f"{type(attn).__name__}; shard and replace it after wrap"
+            )
+    return o
+
+
+def _default_pool(vit: nn.Module) -> str:
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    tag = config.get("tag") if isinstance(config, dict) else getattr(config, "tag", None)
+    source = getattr(vit, "_gated_prompt_source", None)  # set by load_backbone
+    if source == "mae" or (tag is not None and tag.split(".")[-1].startswith("mae")):
+        return "prompt+patch"
+    if vit.global_pool == "token":
+        return "cls"
+    if getattr(vit, "pool_include_prefix", False):
+        raise ValueError(
+            f"wrap: pool must be one of {POOLS}, got None, for a backbone with "
+            "pool_include_prefix=True, whose pool has the class token among the patches"
+        )
+    if vit.global_pool == "avg" and isinstance(vit.norm, nn.Identity):
+        return "patch"
+    raise ValueError(
+        f"wrap: pool must be one of {POOLS}, got None, for a backbone with global_pool="
+        f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}, which norms before it "
+        "pools; here the norm comes after"
+    )
+
+
+def _warn_of_frozen_adapters(vit: nn.Module) -> None:
+    """Where most of vit is frozen already, what is not is what somebody wants to tune."""
+    trainable = {name: p.numel() for name, p in vit.named_parameters() if p.requires_grad}
+    if 0 < sum(trainable.values()) < 0.5 * sum(p.numel() for p in vit.parameters()):
+        warnings.warn(
+            f"wrap: {len(trainable)} parameters of vit were trainable beside frozen ones, such as "
+            f"{next(iter(trainable))!r}, and are frozen now like the rest; to tune them with what "
+            "the method tunes, call requires_grad_(True) on them after wrap",
+            stacklevel=3,
+        )
+
+
+def _is_known(block: nn.Module) -> bool:
+    """Whether it is x + scale(attn(norm1(x))), then x + scale(mlp(norm2(x)))."""
+    return type(uncompiled(block)) in PRE_NORM_BLOCKS
+
+
+def _has_known_attention(block: nn.Module) -> bool:
+    return type(attention_of(block)) in ATTENTIONS
+
+
+# ---- what is tuned ----
+
+
+def make_tuned(vit: nn.Module, o: dict):
+    """PromptTokens or None, DeepPromptTokens or None, gates."""
+    sizes = {"dim": vit.embed_dim, "num_prompts": o["num_prompts"]}
+    gates = [
+        PromptGate(o["gate"], o["rule"], init=o["gate_init"], **sizes)
+        for _ in range(o["gated_blocks"])
+    ]
+    if o["num_prompts"] == 0:
+        return None, None, gates
+    prompts = PromptTokens(
+        o["num_prompts"],
+        vit.embed_dim,
+        position=o["prompt_position"],
+        dropout=o["prompt_dropout"],
+        init="uniform" if o["prompt_init"] in DATA_INITS else o["prompt_init"],
+        patch_dim=vit.patch_embed.proj.weight[0].numel(),
+    )
+    is_deep = o["method"].endswith("-deep")
+    return prompts, DeepPromptTokens(prompts, len(vit.blocks)) if is_deep else None, gates
+
+
+_BIAS = re.compile(  # also Eva's q_bias, a pruned and a parametrised one
+    r"(^|[._])bias(_orig)?$|parametrizations\.(\w+_)?bias\.original\d*$"
+)
+
+
+def _thaw(module: nn.Module, biases_alone: bool = False) -> None:
+    """Lets the parameters of a backbone, or of parts of it, be tuned, but for timm's own head and
+    pool, which are not used."""
+    unused = {
+        id(parameter)
+        for part in (getattr(module, "head", None), getattr(module, "attn_pool", None))
+        if part is not None
+        for parameter in part.parameters()
+    }
+    for name, parameter in module.named_parameters():
+        is_bias = _BIAS.search(name) is not None
+        if id(parameter) not in unused and (is_bias or not biases_alone):
+            parameter.requires_grad_(True)
