@@ -9,6 +9,7 @@ import torch
 
 from gated_prompt.gradient_ownership import calibrate, is_reusable, use_counts
 from gated_prompt.ops import prompt_gate_bwd_, prompt_gate_fwd_, prompt_gate_linear_token_fwd_
+from gated_prompt.torch_private import is_mapped
 
 
 class PromptGateFunction(torch.autograd.Function):
@@ -130,8 +131,6 @@ def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
 
 # ---- backward ----
 
-# Whether torch.autograd.grad(is_grads_batched=True) maps a backward over many gradients.
-_is_mapped = torch._C._functorch.is_legacy_batchedtensor
 _NOTHING = contextlib.nullcontext()
 
 
@@ -156,7 +155,7 @@ def _gate_backward(
     if grad_out is None:  # of the sequence nothing was used but its carrier
         shape, dtype, device = ctx.like
         grad_out, may_write = torch.zeros(shape, dtype=dtype, device=device), True
-    if _is_mapped(grad_out) or (grad_carrier is not None and _is_mapped(grad_carrier)):
+    if is_mapped(grad_out) or (grad_carrier is not None and is_mapped(grad_carrier)):
         return _mapped_gate_backward(
             ctx, grad_out, grad_carrier, saved, gate_logit, need_logit, need_bias
         )
@@ -173,7 +172,7 @@ def _gate_backward(
 def _mapped_gate_backward(
     ctx, grad_out, grad_carrier, saved, gate_logit, need_logit, need_bias
 ):  # fmt: skip
-    """The same in aten."""
+    """The same in aten, where torch.autograd.grad(is_grads_batched=True) maps it."""
     grad_out = grad_out.resolve_neg()
     dtype = torch.promote_types(grad_out.dtype, torch.float32)
     rows = grad_out[:, ctx.start : ctx.start + ctx.length].to(dtype)
@@ -194,10 +193,9 @@ def _mapped_gate_backward(
 
 def _add_product_(rows, grad_logit, weight):
     """rows [B, P, D] += grad_logit @ weight."""
-    is_mapped = _is_mapped(rows)
-    if weight.shape[0] == 1 and not is_mapped:
+    if weight.shape[0] == 1 and not is_mapped(rows):
         rows.addcmul_(grad_logit.to(rows.dtype), weight)
-    elif rows.is_cuda and not is_mapped:
+    elif rows.is_cuda and not is_mapped(rows):
         rows.baddbmm_(grad_logit, weight.expand(len(rows), -1, -1))
     else:  # on a CPU, a GEMM that accumulates is slower than a GEMM and a sum
         rows += grad_logit.to(rows.dtype) @ weight

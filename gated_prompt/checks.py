@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._autograd import CreationMeta
-from torch._C._autograd import _get_creation_meta as _creation_meta
 
 from gated_prompt.ops import require_kernels
+from gated_prompt.torch_private import CreationMeta, creation_meta
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RULES = ("mix", "residual")
@@ -40,7 +39,9 @@ def require_writable(op, block_out, rows, carrier, **gate) -> None:
         return
     elif block_out._base.is_leaf and block_out._base.requires_grad:
         problem = "a view of a leaf that requires grad"
-    elif _creation_meta(block_out) != CreationMeta.DEFAULT:
+    elif None not in (creation_meta, CreationMeta) and (
+        creation_meta(block_out) != CreationMeta.DEFAULT
+    ):
         problem = "a view from an op with several outputs (unbind, split), or made under no_grad"
     else:
         return

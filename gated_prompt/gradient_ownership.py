@@ -17,6 +17,16 @@ from typing import ClassVar
 
 import torch
 
+from gated_prompt.torch_private import (
+    compiles_autograd,
+    dispatch_modes,
+    is_mapped,
+    storage_address,
+    storage_uses,
+    tensor_uses,
+)
+
+_CAN_COUNT = None not in (storage_address, storage_uses, tensor_uses)
 _REUSES_GRADIENTS = os.environ.get("GATED_PROMPT_REUSE_GRADIENTS", "1") != "0"  # for debugging
 
 
@@ -39,10 +49,10 @@ def use_counts(grad):
     the storage lives, and the engine, which asks the same, would then add the next gradient to this
     one out of place.
     """
-    if grad is None or torch._C._functorch.is_legacy_batchedtensor(grad) or grad.is_meta:
+    if grad is None or is_mapped(grad) or grad.is_meta or not _CAN_COUNT:
         return None
-    of_storage = torch._C._storage_Use_Count(torch._C._storage_address(grad))
-    return _uses_of_an_argument(), (grad._use_count(), sys.getrefcount(grad), of_storage)
+    of_storage = storage_uses(storage_address(grad))
+    return _uses_of_an_argument(), (tensor_uses(grad), sys.getrefcount(grad), of_storage)
 
 
 class Probe(torch.autograd.Function):
@@ -64,7 +74,7 @@ class Probe(torch.autograd.Function):
 
 def _is_observed() -> bool:
     """Whether Python looks on at each op (FakeTensorMode, FlopCounterMode): counts differ then."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return dispatch_modes() > 0
 
 
 def _is_debugged() -> bool:
@@ -74,11 +84,6 @@ def _is_debugged() -> bool:
     return bool(sys.gettrace() or sys.getprofile() or any(tools))
 
 
-def _compiles_autograd() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return bool(getattr(module, "compiled_autograd_enabled", False))
-
-
 def calibrate() -> None:
     """Measures the counts of a gradient that nobody else has, once for each way of calling. It
     waits for the first gate that runs undisturbed."""
@@ -86,7 +91,7 @@ def calibrate() -> None:
         return
     if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled():
         return
-    if _is_observed() or _is_debugged() or _compiles_autograd():
+    if _is_observed() or _is_debugged() or compiles_autograd():
         return
     with torch.enable_grad():  # nothing here saves a tensor: hooks of the caller see none
         leaf = torch.zeros((), requires_grad=True, device="cpu")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gated_prompt.ops import ranged, scaled_dot
+from gated_prompt.torch_private import is_mapped
 from gated_prompt.traced import is_traced
 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
@@ -114,11 +115,7 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 def is_in_plain_aten(grad: Tensor) -> bool:
     """Whether a backward is traced, differentiated, or mapped by vmap."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-    )
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() or is_mapped(grad)
 
 
 def temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gated_prompt.ops import copy_rows
+from gated_prompt.torch_private import forward_ad_level, interpreter_stack
 
 
 def traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: int, length: int):
@@ -23,7 +24,7 @@ def traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: 
             "through carrier; pass block_in without detach(), got one that does not require grad"
         )
     target = block_out[:, start : start + length]
-    if torch.compiler.is_dynamo_compiling() and torch.autograd.forward_ad._current_level < 0:
+    if torch.compiler.is_dynamo_compiling() and forward_ad_level() < 0:
         return copy_rows(target), copy_rows(rows), target
     return target.clone(), rows, target
 
@@ -60,8 +61,4 @@ def is_traced(*tensors: Tensor | None) -> bool:
     for t in tensors:  # any() over a generator takes three times as long
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+    return interpreter_stack() is not None or forward_ad_level() >= 0 or torch.jit.is_tracing()

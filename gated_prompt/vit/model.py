@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -238,9 +237,8 @@ class GatedPromptViT(nn.Module):
             raise ValueError(
                 f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}"
             )
-        taken, last = feature_take_indices(len(self.backbone.blocks), indices)
-        kept = dict.fromkeys(sorted(taken))
-        depth = last + 1 if stop_early else None
+        kept = dict.fromkeys(_taken(indices, len(self.backbone.blocks)))
+        depth = max(kept) + 1 if stop_early else None
         final = self._in_backbone(x, functools.partial(self._run, kept=kept, depth=depth))
         found, first, size = [], self.num_prefix_tokens, x.shape[-2:]
         border = -self.num_prompts if self._has_prompts_at_end() else None
@@ -562,6 +560,23 @@ class GatedPromptViT(nn.Module):
         self.prompts.tokens.copy_(first)
         if deep:
             self.deep_prompts.tokens.copy_(torch.stack(deep))
+
+
+def _taken(indices: int | list[int] | None, depth: int) -> list[int]:
+    """Which blocks timm's `indices` mean: None, all; n, the last n; a list, from the end where
+    negative."""
+    if isinstance(indices, int):
+        if not 1 <= indices <= depth:
+            raise ValueError(
+                f"forward_intermediates: indices must be in [1, {depth}], got {indices}"
+            )
+        return list(range(depth - indices, depth))
+    taken = range(depth) if indices is None else indices
+    if not all(-depth <= index < depth for index in taken):
+        raise ValueError(
+            f"forward_intermediates: indices must be in [{-depth}, {depth - 1}], got {indices}"
+        )
+    return sorted(index % depth for index in taken)
 
 
 def _train_what_is_tuned(module: nn.Module, mode: bool) -> None:

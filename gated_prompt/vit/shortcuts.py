@@ -21,10 +21,10 @@ from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from gated_prompt.temperature import attend, is_transformed
+from gated_prompt.torch_private import global_hooks
 from gated_prompt.vit.attention import FrozenProjection, Tempering
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
@@ -80,14 +80,7 @@ def _are_ours(hooks) -> bool:
 
 def is_observed(x) -> bool:
     """Whether torch tells somebody of the call of each module: global hooks, tracing."""
-    return bool(
-        isinstance(x, torch.fx.Proxy)
-        or torch.jit.is_tracing()
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return bool(isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or any(global_hooks))
 
 
 def is_restated(attn: nn.Module | None) -> bool:

@@ -22,7 +22,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gated_prompt import __version__
 from gated_prompt.vit.attention import original_norm
@@ -347,7 +346,7 @@ def _warn_of_hooks(model: GatedPromptViT) -> None:
 def _describe(tensor: Tensor) -> str:
     """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies; of a quantised one, of the
     tensors that it is made of."""
-    if is_traceable_wrapper_subclass(tensor):
+    if hasattr(type(tensor), "__tensor_flatten__"):  # a subclass around other tensors
         parts = [_describe(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return f"{type(tensor).__name__} {list(tensor.shape)} {digest}"

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
+import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
@@ -193,6 +194,11 @@ def check_backbone(vit) -> None:
         raise TypeError(
             "wrap: vit must be a timm.models.vision_transformer.VisionTransformer or a "
             f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}"
+        )
+    if not hasattr(vit, "_pos_embed"):  # which timm does not promise
+        raise RuntimeError(
+            "wrap: vit must have the method _pos_embed, as timm 1.0 has it, got none with timm "
+            f"{timm.__version__}; install an older timm"
         )
     for name, known in METHODS_OF_TIMM.items():
         if getattr(type(vit), name) not in known:
