@@ -7,7 +7,13 @@ import contextlib
 
 import torch
 
-from gated_prompt.gradient_ownership import calibrate, is_reusable, use_counts
+from gated_prompt.gradient_ownership import (
+    Probe,
+    calibrate,
+    is_reusable,
+    use_counts,
+    uses_of_an_argument,
+)
 from gated_prompt.ops import prompt_gate_bwd_, prompt_gate_fwd_, prompt_gate_linear_token_fwd_
 from gated_prompt.torch_private import is_mapped
 
@@ -35,7 +41,7 @@ class PromptGateFunction(torch.autograd.Function):
         if grad_out is None and grad_carrier is None:
             return (None,) * 9
         may_write = is_reusable(grad_out, counts)
-        with _without_autograd(ctx.device_type):
+        with _without_autograd(grad_carrier if grad_out is None else grad_out):
             saved, gate_logit = ctx.saved_tensors
             grad_out, grad_in, grad_logit, _ = _gate_backward(
                 ctx, grad_out, grad_carrier, may_write,
@@ -79,7 +85,7 @@ class PromptGateLinearFunction(torch.autograd.Function):
             return (None,) * 10
         may_write, grad_weight = is_reusable(grad_out, counts), None
         need_out, (need_weight, need_bias) = ctx.needs_input_grad[0], ctx.needs_input_grad[4:6]
-        with _without_autograd(ctx.device_type):
+        with _without_autograd(grad_carrier if grad_out is None else grad_out):
             logit, saved, weight, *kept = ctx.saved_tensors
             grad_out, grad_in, grad_logit, grad_bias = _gate_backward(
                 ctx, grad_out, grad_carrier, may_write,
@@ -116,11 +122,11 @@ def no_autocast(device_type):
 
 
 def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
-    calibrate()
+    if uses_of_an_argument() not in Probe.counts:
+        calibrate()
     ctx.mark_dirty(block_out)
     ctx.set_materialize_grads(False)
     ctx.start, ctx.length, ctx.mix, ctx.in_dtype = start, length, mix, rows.dtype
-    ctx.device_type = block_out.device.type
     if not carries:
         return block_out
     ctx.like = block_out.shape, block_out.dtype, block_out.device
@@ -134,7 +140,8 @@ def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
 _NOTHING = contextlib.nullcontext()
 
 
-def _without_autograd(device_type):
+def _without_autograd(grad):
+    device_type = grad.device.type
     if torch.is_grad_enabled() or is_autocast(device_type):
         return _no_grad_no_autocast(device_type)
     return _NOTHING

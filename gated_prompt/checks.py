@@ -16,10 +16,12 @@ RULES = ("mix", "residual")
 def require_writable(op, block_out, rows, carrier, **gate) -> None:
     """Raises where the result can't be in place; autograd itself does so only after the write."""
     require_kernels(op, block_out.device)
-    inference = [t for t in gate.values() if t is not None and t.is_inference()]
+    has_inference = False
+    for t in gate.values():  # any() over a generator takes three times as long
+        has_inference = has_inference or (t is not None and t.is_inference())
     if torch.is_grad_enabled() and block_out.requires_grad and not block_out.is_leaf:
         is_odd = block_out._is_view() or block_out.is_neg() or block_out.is_inference()
-        if not is_odd and not inference:
+        if not is_odd and not has_inference:
             return  # the usual case
     tensors = [t for t in (rows, carrier, *gate.values()) if t is not None]
     if block_out.is_inference() and not torch.is_inference_mode_enabled():
@@ -32,7 +34,7 @@ def require_writable(op, block_out, rows, carrier, **gate) -> None:
         problem = "a leaf that requires grad"
     elif not (block_out.requires_grad or any(t.requires_grad for t in tensors)):
         return
-    elif inference:
+    elif has_inference:
         names = " or ".join(gate)
         raise RuntimeError(f"{op}: {names} is an inference tensor and can't be saved")
     elif not block_out._is_view():

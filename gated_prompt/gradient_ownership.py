@@ -34,7 +34,7 @@ def _uses(argument):
     return sys.getrefcount(argument)
 
 
-def _uses_of_an_argument():
+def uses_of_an_argument():
     """Of one that nobody else has. It is one more where frames are evaluated by torch.compile, as
     they are in the whole process after a compilation has failed."""
     nobody_else_has = object()
@@ -52,7 +52,7 @@ def use_counts(grad):
     if grad is None or is_mapped(grad) or grad.is_meta or not _CAN_COUNT:
         return None
     of_storage = storage_uses(storage_address(grad))
-    return _uses_of_an_argument(), (tensor_uses(grad), sys.getrefcount(grad), of_storage)
+    return uses_of_an_argument(), (tensor_uses(grad), sys.getrefcount(grad), of_storage)
 
 
 class Probe(torch.autograd.Function):
@@ -85,10 +85,8 @@ def _is_debugged() -> bool:
 
 
 def calibrate() -> None:
-    """Measures the counts of a gradient that nobody else has, once for each way of calling. It
-    waits for the first gate that runs undisturbed."""
-    if _uses_of_an_argument() in Probe.counts:
-        return
+    """Measures the counts of a gradient that nobody else has; once for each number of uses of an
+    argument. It waits for the first gate that runs undisturbed."""
     if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled():
         return
     if _is_observed() or _is_debugged() or compiles_autograd():
