@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#include "bindings.h"
+#include "bindings_checks.h"
 #include "divide_rows.h"
 #include "scaled_dot.h"
 

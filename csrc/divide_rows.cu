@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include "divide_rows.h"
-#include "prompt_gate_math.h"
 #include "vec.cuh"
 
 namespace gated_prompt {

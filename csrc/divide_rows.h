@@ -11,9 +11,28 @@
 
 #include <cstdint>
 
-#include "prompt_gate.h"
+#include "dtypes.h"
+#include "launch.h"
 
 namespace gated_prompt {
+
+template <class A>
+GP_HD A clamp(A value, A low, A high) {
+  return value < low ? low : value > high ? high : value;  // NaN stays
+}
+
+// The temperature within [low, high], rounded to its own dtype T as a tensor of it would be.
+template <class T>
+GP_HD T clamp_temperature(T temperature, double low, double high) {
+  using A = compute_t<T>;
+  return narrow<T>(clamp(widen(temperature), static_cast<A>(low), static_cast<A>(high)));
+}
+
+// A weight of T over the temperature, in T's arithmetic, rounded once to U.
+template <class U, class T>
+GP_HD U divided(T weight, compute_t<T> temperature) {
+  return narrow<U>(static_cast<compute_t<U>>(widen(weight) / temperature));
+}
 
 // Contiguous.
 struct DivideOperand {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "prompt_gate_math.h"
 #include "vec_cpu.h"
 
 namespace gated_prompt {

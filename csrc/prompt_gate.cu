@@ -5,6 +5,7 @@
 
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
+#include "reduce.cuh"
 #include "vec.cuh"
 
 namespace gated_prompt {

@@ -20,19 +20,10 @@
 #include <cstdint>
 #include <initializer_list>
 
-#ifdef __CUDACC__
-#define GP_INDEX __host__ __device__ __forceinline__
-#else
-#define GP_INDEX inline
-#endif
+#include "dtypes.h"
+#include "launch.h"
 
 namespace gated_prompt {
-
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
-
-constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // The prompt rows of one tensor, [B, P, D]; strides in elements, 0 along a dimension in which it
 // broadcasts. data == nullptr: not wanted.
@@ -75,7 +66,7 @@ struct Segments {
   bool streamed;
 };
 
-GP_INDEX Segments segments_of(const PromptGateParams& p) {
+GP_HD Segments segments_of(const PromptGateParams& p) {
   const bool streamed = p.by_sample && p.by_row;
   const int64_t count = streamed ? 1 : p.by_sample ? p.batch : p.by_row ? p.length : 1;
   return {count, count == 0 ? 0 : p.batch * p.length / count, streamed};
@@ -86,18 +77,18 @@ struct RowIndex {
 };
 
 // Row i of a segment.
-GP_INDEX RowIndex row_of_segment(const PromptGateParams& p, const Segments& segments,
-                                 int64_t segment, int64_t i) {
+GP_HD RowIndex row_of_segment(const PromptGateParams& p, const Segments& segments, int64_t segment,
+                              int64_t i) {
   if (p.by_row && !segments.streamed) return {i, segment};
   if (p.by_sample && !segments.streamed) return {segment, i};
-  if (((i | p.length) >> 32) == 0) {  // a 64-bit division costs some 100 instructions
+  if (((i | p.length) >> 32) == 0) {  // as divide(), with a remainder of 32 bits: fewer registers
     const uint32_t b = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.length);
     return {b, static_cast<uint32_t>(i) - b * static_cast<uint32_t>(p.length)};
   }
   return {i / p.length, i % p.length};
 }
 
-GP_INDEX int64_t offset_of(const Rows& rows, RowIndex row) {
+GP_HD int64_t offset_of(const Rows& rows, RowIndex row) {
   return row.b * rows.batch_stride + row.p * rows.row_stride;
 }
 
@@ -164,15 +155,9 @@ const char* cpu_instructions();  // which version of the kernels this processor 
 // of a launch that sums are few, and loop: each of them costs a barrier and a ticket. Their number
 // depends on shapes alone, so that a sum has the same bits on every GPU.
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kForwardThreads = 128;  // of the forward by packs
-constexpr int kPacksInFlight = 2;  // packs of each tensor that one thread loads before it computes
 constexpr int64_t kMaxGridX = 1 << 20;
 constexpr int64_t kMaxGridYZ = 65535;
-// Two blocks, or four, on each of the 132 SMs of an H100 or H200; and for long work, which goes
-// faster in several waves. See docs/optimisation-log.md.
-constexpr int64_t kFewBlocks = 264, kSomeBlocks = 528, kManyBlocks = 1024;
 
 // What a thread, or a warp, takes in turn.
 enum class Mapping : int32_t {
@@ -226,16 +211,6 @@ inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
     }
   }
   return true;
-}
-
-inline int64_t at_least_one(int64_t value) {
-  return value > 0 ? value : 1;
-}
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-GP_INDEX int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
 }
 
 inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
@@ -298,36 +273,13 @@ inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
   return plan;
 }
 
-struct Division {
-  int64_t quotient, remainder;
-};
-
-// A 64-bit division costs some 100 instructions on a GPU.
-GP_INDEX Division divide(int64_t index, int64_t size) {
-  int64_t quotient;
-  if (((index | size) >> 32) == 0) {
-    quotient = static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
-  } else {
-    quotient = index / size;
-  }
-  return {quotient, index - quotient * size};
-}
-
 // Position of pack `index` of a sample within Rows, in elements from the sample's first.
-GP_INDEX int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
+GP_HD int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
   if (plan.rows == 1) return index * plan.vector * rows.channel_stride;
   const Division pack = divide(index, plan.packs_per_row);
   const int64_t column = pack.remainder * plan.vector;
   return pack.quotient * rows.row_stride + column * rows.channel_stride;
 }
-
-// Device memory for sums over blocks: tickets, then partial sums. Each group of blocks that shares
-// a sum has a ticket, which must be 0 before the first launch and is 0 again after each, so that
-// launches on one stream may share the memory.
-constexpr int64_t kMaxTickets = 1024;
-constexpr size_t kTicketBytes = kMaxTickets * sizeof(uint32_t);
-constexpr size_t kMaxWorkspaceBytes =
-    kTicketBytes + kFewBlocks * 256 * sizeof(float);  // 256: columns of a strip, at most
 
 // What a backward needs of it, 0 where no sum is over more than one block.
 inline size_t workspace_bytes(const PromptGateParams& p) {

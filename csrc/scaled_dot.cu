@@ -3,7 +3,7 @@
 // both tensors allow.
 #include <cuda_runtime.h>
 
-#include "prompt_gate_math.h"
+#include "reduce.cuh"
 #include "scaled_dot.h"
 #include "vec.cuh"
 

@@ -12,9 +12,17 @@
 #include <cstdint>
 #include <utility>
 
-#include "prompt_gate.h"
+#include "dtypes.h"
+#include "launch.h"
 
 namespace gated_prompt {
+
+// Gradient of a temperature by which q was divided, from dot = sum of q / temperature times its
+// gradient.
+template <class A>
+GP_HD A temperature_gradient(A temperature, A dot) {
+  return -dot / temperature;
+}
 
 constexpr int kDotDims = 4;
 
@@ -32,10 +40,10 @@ struct ScaledDotParams {
   DType temperature_dtype;
 };
 
-GP_INDEX int64_t rows_of(const ScaledDotParams& p) {
+GP_HD int64_t rows_of(const ScaledDotParams& p) {
   return p.size[0] * p.size[1] * p.size[2];
 }
-GP_INDEX int64_t columns_of(const ScaledDotParams& p) {
+GP_HD int64_t columns_of(const ScaledDotParams& p) {
   return p.size[kDotDims - 1];
 }
 
@@ -79,7 +87,7 @@ struct DotOffsets {
 };
 
 // Where row `row` begins.
-GP_INDEX DotOffsets row_offsets(const ScaledDotParams& p, int64_t row) {
+GP_HD DotOffsets row_offsets(const ScaledDotParams& p, int64_t row) {
   DotOffsets offsets{0, 0};
   for (int d = kDotDims - 2; d >= 0; --d) {
     // most dimensions are merged away: no division then
@@ -162,7 +170,7 @@ inline DotPlan plan_scaled_dot(const ScaledDotParams& p) {
 }
 
 // Where pack `index` begins.
-GP_INDEX DotOffsets dot_pack_offsets(const ScaledDotParams& p, const DotPlan& plan, int64_t index) {
+GP_HD DotOffsets dot_pack_offsets(const ScaledDotParams& p, const DotPlan& plan, int64_t index) {
   const Division i =
       index < plan.packs_per_row ? Division{0, index} : divide(index, plan.packs_per_row);
   const int64_t column = i.remainder * plan.vector;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "prompt_gate_math.h"
 #include "vec_cpu.h"
 
 namespace gated_prompt {

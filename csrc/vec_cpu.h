@@ -5,8 +5,7 @@
 
 #include <type_traits>
 
-#include "prompt_gate.h"
-#include "prompt_gate_math.h"
+#include "dtypes.h"
 
 // One build serves every x86-64: the loader picks the widest version that the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
@@ -63,17 +62,6 @@ GP_TARGET_CLONES double dot_row(const V* s, const A* t, int64_t n) {
 }
 
 // ---- elements of any dtype ----
-
-// Calls f with a value of the C++ type that stands for dtype.
-template <class F>
-void visit(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: f(double{}); break;
-    case DType::kFloat32: f(float{}); break;
-    case DType::kBFloat16: f(BFloat16{}); break;
-    case DType::kFloat16: f(Half{}); break;
-  }
-}
 
 // n elements from data[offset] on, as V: where they lie, or widened in `buffer`. A storage type is
 // only found where they lie.

@@ -6,6 +6,7 @@
 
 #include "cases.h"
 #include "divide_rows.h"
+#include "reduce.cuh"
 #include "scaled_dot_cases.h"
 #include "vec.cuh"
 
