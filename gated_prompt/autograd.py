@@ -17,6 +17,8 @@ from gated_prompt.gradient_ownership import (
 from gated_prompt.ops import prompt_gate_bwd_, prompt_gate_fwd_, prompt_gate_linear_token_fwd_
 from gated_prompt.torch_private import is_mapped
 
+_NOTHING = contextlib.nullcontext()
+
 
 class PromptGateFunction(torch.autograd.Function):
     """The gate on rows [start, start + length) of block_out [B, N, D], in place.
@@ -114,7 +116,7 @@ def is_autocast(device_type):
 
 def no_autocast(device_type):
     if not is_autocast(device_type):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(device_type, enabled=False)
 
 
@@ -136,8 +138,6 @@ def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
 
 
 # ---- backward ----
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _without_autograd(grad):

@@ -23,9 +23,8 @@ FOLDERS = {
         ("timm", "numpy", "sklearn", "matplotlib", "rich", "tyro", "torchmetrics", "tensorboard"),
     ),
 }
-THIRD_PARTY = set().union(*(brought for _, brought in FOLDERS.values())) - {
-    "numpy"
-}  # torch imports it
+THIRD_PARTY = {name for _, brought in FOLDERS.values() for name in brought}
+THIRD_PARTY -= {"numpy"}  # which torch imports
 # Within functions, for those who have them.
 OPTIONAL = {"ops.py": {"nvtx"}, "temperature.py": {"xformers"}, "vit/prompt_init.py": {"sklearn"}}
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))

@@ -258,6 +258,9 @@ def test_intermediates_are_what_follows_the_blocks(make, method, position):
     torch.testing.assert_close(last_two[0], kept[0])
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
+    for indices in (0, 4, [3], [-4]):
+        with pytest.raises(ValueError, match="forward_intermediates: indices must be in"):
+            model.forward_intermediates(x, indices)
 
 
 def test_a_pool_with_the_class_token_in_it_is_asked_for():
