@@ -18,69 +18,45 @@ void in_parallel(const PromptGateParams& p, Run run) {
   torch::stable::parallel_for(0, tasks.count, grain, run);
 }
 
-void launch_fwd(const PromptGateParams& params) {
-  const PromptGateParams p = join_rows(params);
-  in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_fwd_cpu(p, begin, end); });
-}
+// The Backend of bindings.h and bindings_temperature.h. Its ops are registered for CPU tensors
+// alone.
+struct Cpu {
+  Cpu(const Tensor&, const char*, const char*) {}
 
-void launch_bwd(const PromptGateParams& params) {
-  const PromptGateParams p = join_rows(params);
-  const Tasks tasks = tasks_of(p);
-  const auto item = static_cast<size_t>(item_size(to_dtype(compute_type(p), "partial sums")));
-  const auto size = static_cast<size_t>(tasks.count * tasks.width) * item;
-  const std::unique_ptr<double[]> memory(reduces(p) ? new double[size / 8 + 1] : nullptr);
-  void* const partials = memory.get();
-  in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_bwd_cpu(p, begin, end, partials); });
-  if (reduces(p)) prompt_gate_finish_cpu(p, partials);
-}
+  void forward(const PromptGateParams& params) const {
+    const PromptGateParams p = join_rows(params);
+    in_parallel(p, [&](int64_t begin, int64_t end) { prompt_gate_fwd_cpu(p, begin, end); });
+  }
 
-Tensor fwd_cpu(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
-               int64_t length, bool mix, bool save) {
-  return prompt_gate_fwd(block_out, block_in, gate_logit, start, length, mix, save, launch_fwd);
-}
+  void backward(const PromptGateParams& params) const {
+    const PromptGateParams p = join_rows(params);
+    const Tasks tasks = tasks_of(p);
+    const auto item = static_cast<size_t>(item_size(to_dtype(compute_type(p), "partial sums")));
+    const auto size = static_cast<size_t>(tasks.count * tasks.width) * item;
+    const std::unique_ptr<double[]> memory(reduces(p) ? new double[size / 8 + 1] : nullptr);
+    void* const partials = memory.get();
+    in_parallel(p,
+                [&](int64_t begin, int64_t end) { prompt_gate_bwd_cpu(p, begin, end, partials); });
+    if (reduces(p)) prompt_gate_finish_cpu(p, partials);
+  }
 
-std::tuple<Tensor, Tensor, Tensor> linear_token_fwd_cpu(Tensor block_out, const Tensor& block_in,
-                                                        const Tensor& weight,
-                                                        const std::optional<Tensor>& bias,
-                                                        int64_t start, int64_t length, bool mix,
-                                                        bool save_logit, bool save_derivative,
-                                                        bool save_rows) {
-  return prompt_gate_linear_token_fwd(block_out, block_in, weight, bias, start, length, mix,
-                                      save_logit, save_derivative, save_rows, launch_fwd);
-}
-
-std::tuple<Tensor, Tensor, Tensor> bwd_cpu(Tensor grad_out, const Tensor& saved,
-                                           const Tensor& gate_logit,
-                                           const std::optional<Tensor>& grad_carrier, int64_t start,
-                                           int64_t length, bool mix, bool need_out, bool need_in,
-                                           bool need_logit, bool need_bias, ScalarType in_dtype) {
-  return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
-                         need_in, need_logit, need_bias, in_dtype, launch_bwd);
-}
-
-Tensor dot_cpu(const Tensor& a, const Tensor& b, const Tensor& temperature) {
-  return scaled_dot(a, b, temperature, [](const ScaledDotParams& p) {
+  void dot(const ScaledDotParams& p) const {
     const DotTasks tasks = dot_tasks_of(p);
     const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(tasks.count)]);
-    const int64_t grain = 4 * kTaskElements / kDotTaskElements;  // as in_parallel has it
+    const int64_t grain = 4 * kTaskElements / kDotTaskElements;  // four tasks, as in in_parallel
     torch::stable::parallel_for(0, tasks.count, grain, [&](int64_t begin, int64_t end) {
       scaled_dot_cpu(p, begin, end, partials.get());
     });
     scaled_dot_finish_cpu(p, partials.get());
-  });
-}
+  }
 
-std::tuple<Tensor, Tensor, Tensor> divide_cpu(const Tensor& weight,
-                                              const std::optional<Tensor>& bias,
-                                              const Tensor& temperature, int64_t rows, double low,
-                                              double high, ScalarType dtype) {
-  return divide_rows(weight, bias, temperature, rows, low, high, dtype, [](const DivideParams& p) {
+  void divide(const DivideParams& p) const {
     clamp_cpu(p);
     torch::stable::parallel_for(
         0, p.weight.size + p.bias.size, 4 * kTaskElements,
         [&](int64_t begin, int64_t end) { divide_rows_cpu(p, begin, end); });
-  });
-}
+  }
+};
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -116,8 +92,8 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   }
   void* const aligned = reinterpret_cast<void*>(uintptr_t{256});  // stands for a tensor; never read
   const Rows compact{aligned, length * dim, dim, 1, type};
-  p.out = {aligned, num_tokens * dim, dim, 1, type};
-  p.in = backward ? compact : p.out;
+  p.h = {aligned, num_tokens * dim, dim, 1, type};
+  p.x = backward ? compact : p.h;
   if (save) p.saved = compact;
   p.logit = contiguous_like_logit(p, aligned, linear ? type : DType::kFloat32);
   if (backward && save) p.grad_logit = p.logit;
@@ -157,11 +133,11 @@ STABLE_TORCH_LIBRARY(gated_prompt, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CPU, m) {
-  m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cpu));
-  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cpu));
-  m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cpu));
-  m.impl("scaled_dot", TORCH_BOX(&dot_cpu));
-  m.impl("divide_rows", TORCH_BOX(&divide_cpu));
+  m.impl("prompt_gate_fwd_", TORCH_BOX(&prompt_gate_fwd<Cpu>));
+  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&prompt_gate_linear_token_fwd<Cpu>));
+  m.impl("prompt_gate_bwd_", TORCH_BOX(&prompt_gate_bwd<Cpu>));
+  m.impl("scaled_dot", TORCH_BOX(&scaled_dot<Cpu>));
+  m.impl("divide_rows", TORCH_BOX(&divide_rows<Cpu>));
 }
 
 }  // namespace gated_prompt

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// From torch tensors to PromptGateParams: what the CPU and the CUDA registration of the gate's ops
-// share. Checks are for memory safety: no read or write outside a tensor, no race between elements.
+// The raw ops of the gate, from torch tensors to PromptGateParams, for any Backend (Cpu in
+// bindings.cpp, Cuda in bindings_cuda.cpp). A Backend is made from the first tensor of a call,
+// which it checks and whose device it makes the current one; its forward(params) and
+// backward(params) run the kernels. Checks are for memory safety: no access outside a tensor, no
+// race between elements.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -97,8 +100,8 @@ inline void check_overlap(const PromptGateParams& p, const Rows& written,
 // them.
 inline void check_apart(const PromptGateParams& p, const Rows& rows, const char* name) {
   if (rows.data == nullptr) return;
-  const auto low = reinterpret_cast<intptr_t>(p.out.data);
-  const auto high = low + (reach(axes_of(p, p.out), 0) + 1) * item_size(p.out.dtype);
+  const auto low = reinterpret_cast<intptr_t>(p.h.data);
+  const auto high = low + (reach(axes_of(p, p.h), 0) + 1) * item_size(p.h.dtype);
   const auto first = reinterpret_cast<intptr_t>(rows.data);
   const auto last = first + (reach(axes_of(p, rows), 0) + 1) * item_size(rows.dtype);
   STD_TORCH_CHECK(last <= low || high <= first, "prompt_gate: ", name,
@@ -118,7 +121,7 @@ inline PromptGateParams make_params(const Tensor& sequence, int64_t start, int64
   p.length = length;
   p.dim = sequence.size(2);
   p.mix = mix;
-  p.out = make_rows(sequence, "block_out", start);
+  p.h = make_rows(sequence, "block_out", start);
   return p;
 }
 
@@ -178,7 +181,7 @@ inline void check_dtypes(DType sequence, DType block_in) {
 }
 
 inline ScalarType compute_type(const PromptGateParams& p) {
-  return p.out.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  return p.h.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
 // A new tensor if `wanted`, else an empty one; its rows go to *rows.
@@ -191,34 +194,35 @@ inline Tensor new_rows(const PromptGateParams& p, const Tensor& like, bool wante
 }
 
 // block_out [B, N, D] is updated in place; returns saved [B, P, D], or [0] unless save.
-// launch(params) runs the kernel.
-template <class Launch>
-Tensor prompt_gate_fwd(Tensor& block_out, const Tensor& block_in, const Tensor& gate_logit,
-                       int64_t start, int64_t length, bool mix, bool save, Launch launch) {
+template <class Backend>
+Tensor prompt_gate_fwd(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit,
+                       int64_t start, int64_t length, bool mix, bool save) {
+  const Backend backend(block_out, "block_out", "prompt_gate");
   PromptGateParams p = make_params(block_out, start, length, mix);
   set_logit(p, gate_logit, block_out);
-  p.in = make_full_rows(p, block_in, "block_in", block_out);
-  check_dtypes(p.out.dtype, p.in.dtype);
+  p.x = make_full_rows(p, block_in, "block_in", block_out);
+  check_dtypes(p.h.dtype, p.x.dtype);
   if (!is_empty(p)) {
-    check_overlap(p, p.out, &p.in, "block_in");
+    check_overlap(p, p.h, &p.x, "block_in");
     check_apart(p, p.logit, "gate_logit");
   }
   Tensor saved = new_rows(p, block_out, save, &p.saved);
-  if (!is_empty(p)) launch(p);
+  if (!is_empty(p)) backend.forward(p);
   return saved;
 }
 
 // The same with logit = h . weight + bias, weight [D], bias [1]. Returns logit [B, P, 1],
 // saved [B, P, D] and the rows of block_out before, [B, P, D]; or [0] for one not to be saved.
-template <class Launch>
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
-    Tensor& block_out, const Tensor& block_in, const Tensor& weight,
+    Tensor block_out, const Tensor& block_in, const Tensor& weight,
     const std::optional<Tensor>& bias, int64_t start, int64_t length, bool mix, bool save_logit,
-    bool save_derivative, bool save_rows, Launch launch) {
+    bool save_derivative, bool save_rows) {
+  const Backend backend(block_out, "block_out", "prompt_gate");
   PromptGateParams p = make_params(block_out, start, length, mix);
   p.by_sample = p.by_row = true;
-  p.in = make_full_rows(p, block_in, "block_in", block_out);
-  check_dtypes(p.out.dtype, p.in.dtype);
+  p.x = make_full_rows(p, block_in, "block_in", block_out);
+  check_dtypes(p.h.dtype, p.x.dtype);
   const auto vector_of = [&](const Tensor& tensor, const char* name, int64_t size) {
     check_dims(tensor, name, 1);
     check_device(tensor, name, block_out);
@@ -231,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
   p.weight = vector_of(weight, "weight", p.dim);
   if (bias.has_value()) p.bias = vector_of(*bias, "bias", 1);
   if (!is_empty(p)) {
-    check_overlap(p, p.out, &p.in, "block_in");
+    check_overlap(p, p.h, &p.x, "block_in");
     check_apart(p, p.weight, "weight");
     check_apart(p, p.bias, "bias");
   }
@@ -242,27 +246,27 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
                                   to_dtype(compute_type(p), "logit"));
   Tensor saved = new_rows(p, block_out, save_derivative, &p.saved);
   Tensor rows = new_rows(p, block_out, save_rows, &p.gathered);
-  if (!is_empty(p)) launch(p);
+  if (!is_empty(p)) backend.forward(p);
   return {logit, saved, rows};
 }
 
 // grad_out [B, N, D]: its prompt rows are rescaled in place if need_out. Returns the gradients of
 // the rows of block_in [B, P, D], of gate_logit, and of a bias in it, [D] or [1] in float32
 // (float64); or [0] for one that is not needed.
-template <class Launch>
-std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tensor& saved,
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor grad_out, const Tensor& saved,
                                                    const Tensor& gate_logit,
                                                    const std::optional<Tensor>& grad_carrier,
                                                    int64_t start, int64_t length, bool mix,
                                                    bool need_out, bool need_in, bool need_logit,
-                                                   bool need_bias, ScalarType in_dtype,
-                                                   Launch launch) {
+                                                   bool need_bias, ScalarType in_dtype) {
+  const Backend backend(grad_out, "grad_out", "prompt_gate");
   PromptGateParams p = make_params(grad_out, start, length, mix);
   set_logit(p, gate_logit, grad_out);
   const DType in = to_dtype(in_dtype, "block_in");
-  check_dtypes(p.out.dtype, in);
+  check_dtypes(p.h.dtype, in);
   p.rescale = need_out;
-  p.in.dtype = in;
+  p.x.dtype = in;
   if (need_bias) {  // the logit has an element for each row, also where that is one row
     STD_TORCH_CHECK(
         gate_logit.dim() == 3 && gate_logit.size(0) == p.batch && gate_logit.size(1) == p.length,
@@ -271,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tenso
   }
   if (grad_carrier.has_value()) {
     p.carrier = make_full_rows(p, *grad_carrier, "grad_carrier", grad_out);
-    STD_TORCH_CHECK(p.carrier.dtype == p.out.dtype,
+    STD_TORCH_CHECK(p.carrier.dtype == p.h.dtype,
                     "prompt_gate: grad_carrier must have the dtype of the gradient");
   }
   check_device(saved, "saved", grad_out);
@@ -281,12 +285,12 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tenso
                     "prompt_gate: saved must be contiguous and of the dtype of the gradient");
   }
   if (need_out && !is_empty(p)) {
-    check_overlap(p, p.out);
+    check_overlap(p, p.h);
     check_apart(p, p.logit, "gate_logit");
     check_apart(p, p.carrier, "grad_carrier");
     check_apart(p, p.saved, "saved");
   }
-  Tensor grad_in = new_rows(p, grad_out, need_in, &p.in, in_dtype);
+  Tensor grad_in = new_rows(p, grad_out, need_in, &p.x, in_dtype);
   // a sum over nothing is 0
   Tensor grad_logit = !need_logit   ? torch::stable::new_empty(gate_logit, {0})
                       : is_empty(p) ? torch::stable::new_zeros(gate_logit, gate_logit.sizes())
@@ -298,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor& grad_out, const Tenso
   Tensor grad_bias = is_empty(p) ? torch::stable::new_zeros(grad_out, {width}, compute_type(p))
                                  : torch::stable::new_empty(grad_out, {width}, compute_type(p));
   if (need_bias) p.grad_bias = grad_bias.data_ptr();
-  if (!is_empty(p) && (need_out || need_in || need_logit || need_bias)) launch(p);
+  if (!is_empty(p) && (need_out || need_in || need_logit || need_bias)) backend.backward(p);
   return {grad_in, grad_logit, grad_bias};
 }
 

@@ -72,81 +72,48 @@ Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
   return slots.used.emplace(key, slot).first->second;
 }
 
-// launch(memory, stream) runs a kernel that needs `bytes` of the workspace, or no memory.
-template <class Launch>
-void launch_with_workspace(const Tensor& reference, size_t bytes, Launch launch) {
-  void* const stream = current_stream(reference);
-  if (bytes == 0) return check_cuda(launch(nullptr, stream));
-  const Tensor memory = workspace(reference, stream, bytes);
-  check_cuda(launch(memory.data_ptr(), stream));
-}
+// The Backend of bindings.h and bindings_temperature.h: the current stream of the tensor's device.
+struct Cuda {
+  const Tensor& tensor;
+  DeviceGuard guard;
+  void* stream;
 
-void check_on_cuda(const Tensor& tensor, const char* name, const char* op = "prompt_gate") {
-  STD_TORCH_CHECK(tensor.is_cuda(), op, ": ", name, " must be on CUDA");
-}
+  Cuda(const Tensor& tensor, const char* name, const char* op)
+      : tensor(on_cuda(tensor, name, op)),
+        guard(tensor.get_device_index()),
+        stream(current_stream(tensor)) {}
 
-Tensor fwd_cuda(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit, int64_t start,
-                int64_t length, bool mix, bool save) {
-  check_on_cuda(block_out, "block_out");
-  const DeviceGuard guard(block_out.get_device_index());
-  return prompt_gate_fwd(block_out, block_in, gate_logit, start, length, mix, save,
-                         [&](const PromptGateParams& p) {
-                           check_cuda(launch_prompt_gate_fwd(p, current_stream(block_out)));
-                         });
-}
+  static const Tensor& on_cuda(const Tensor& tensor, const char* name, const char* op) {
+    STD_TORCH_CHECK(tensor.is_cuda(), op, ": ", name, " must be on CUDA");
+    return tensor;
+  }
 
-std::tuple<Tensor, Tensor, Tensor> linear_token_fwd_cuda(Tensor block_out, const Tensor& block_in,
-                                                         const Tensor& weight,
-                                                         const std::optional<Tensor>& bias,
-                                                         int64_t start, int64_t length, bool mix,
-                                                         bool save_logit, bool save_derivative,
-                                                         bool save_rows) {
-  check_on_cuda(block_out, "block_out");
-  const DeviceGuard guard(block_out.get_device_index());
-  return prompt_gate_linear_token_fwd(
-      block_out, block_in, weight, bias, start, length, mix, save_logit, save_derivative, save_rows,
-      [&](const PromptGateParams& p) {
-        check_cuda(launch_prompt_gate_fwd(p, current_stream(block_out)));
-      });
-}
+  void forward(const PromptGateParams& p) const {
+    check_cuda(launch_prompt_gate_fwd(p, stream));
+  }
 
-std::tuple<Tensor, Tensor, Tensor> bwd_cuda(Tensor grad_out, const Tensor& saved,
-                                            const Tensor& gate_logit,
-                                            const std::optional<Tensor>& grad_carrier,
-                                            int64_t start, int64_t length, bool mix, bool need_out,
-                                            bool need_in, bool need_logit, bool need_bias,
-                                            ScalarType in_dtype) {
-  check_on_cuda(grad_out, "grad_out");
-  const DeviceGuard guard(grad_out.get_device_index());
-  return prompt_gate_bwd(grad_out, saved, gate_logit, grad_carrier, start, length, mix, need_out,
-                         need_in, need_logit, need_bias, in_dtype, [&](const PromptGateParams& p) {
-                           launch_with_workspace(grad_out, workspace_bytes(p),
-                                                 [&](void* memory, void* stream) {
-                                                   return launch_prompt_gate_bwd(p, memory, stream);
-                                                 });
-                         });
-}
+  void backward(const PromptGateParams& p) const {
+    with_workspace(workspace_bytes(p),
+                   [&](void* memory) { return launch_prompt_gate_bwd(p, memory, stream); });
+  }
 
-Tensor dot_cuda(const Tensor& a, const Tensor& b, const Tensor& temperature) {
-  check_on_cuda(a, "a", "scaled_dot");
-  const DeviceGuard guard(a.get_device_index());
-  return scaled_dot(a, b, temperature, [&](const ScaledDotParams& p) {
-    launch_with_workspace(a, workspace_bytes(plan_scaled_dot(p)), [&](void* memory, void* stream) {
-      return launch_scaled_dot(p, memory, stream);
-    });
-  });
-}
+  void dot(const ScaledDotParams& p) const {
+    with_workspace(workspace_bytes(plan_scaled_dot(p)),
+                   [&](void* memory) { return launch_scaled_dot(p, memory, stream); });
+  }
 
-std::tuple<Tensor, Tensor, Tensor> divide_cuda(const Tensor& weight,
-                                               const std::optional<Tensor>& bias,
-                                               const Tensor& temperature, int64_t rows, double low,
-                                               double high, ScalarType dtype) {
-  check_on_cuda(weight, "weight", "divide_rows");
-  const DeviceGuard guard(weight.get_device_index());
-  return divide_rows(weight, bias, temperature, rows, low, high, dtype, [&](const DivideParams& p) {
-    check_cuda(launch_divide_rows(p, current_stream(weight)));
-  });
-}
+  void divide(const DivideParams& p) const {
+    check_cuda(launch_divide_rows(p, stream));
+  }
+
+  // launch(memory) runs a kernel that needs `bytes` of the workspace, or no memory.
+  template <class Launch>
+  void with_workspace(size_t bytes, Launch launch) const {
+    if (bytes == 0) return check_cuda(launch(nullptr));
+    const Tensor memory = workspace(tensor, stream, bytes);
+    check_cuda(launch(memory.data_ptr()));
+  }
+};
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -158,11 +125,11 @@ pybind11::dict build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gated_prompt, CUDA, m) {
-  m.impl("prompt_gate_fwd_", TORCH_BOX(&fwd_cuda));
-  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&linear_token_fwd_cuda));
-  m.impl("prompt_gate_bwd_", TORCH_BOX(&bwd_cuda));
-  m.impl("scaled_dot", TORCH_BOX(&dot_cuda));
-  m.impl("divide_rows", TORCH_BOX(&divide_cuda));
+  m.impl("prompt_gate_fwd_", TORCH_BOX(&prompt_gate_fwd<Cuda>));
+  m.impl("prompt_gate_linear_token_fwd_", TORCH_BOX(&prompt_gate_linear_token_fwd<Cuda>));
+  m.impl("prompt_gate_bwd_", TORCH_BOX(&prompt_gate_bwd<Cuda>));
+  m.impl("scaled_dot", TORCH_BOX(&scaled_dot<Cuda>));
+  m.impl("divide_rows", TORCH_BOX(&divide_rows<Cuda>));
 }
 
 }  // namespace gated_prompt

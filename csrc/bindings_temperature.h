@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From torch tensors to ScaledDotParams and DivideParams, for memory safety as in bindings.h.
+// The raw ops of a temperature, from torch tensors to ScaledDotParams and DivideParams, for any
+// Backend, whose dot(params) and divide(params) run the kernels; checks as in bindings.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,9 +42,10 @@ inline DotOperand make_operand(const Tensor& tensor, const char* name, const Ten
 }
 
 // a and b of one shape, with any strides; returns -(1/temperature) * sum(a * b) in the shape and
-// dtype of temperature. launch(params) runs the kernel.
-template <class Launch>
-Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature, Launch launch) {
+// dtype of temperature.
+template <class Backend>
+Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature) {
+  const Backend backend(a, "a", "scaled_dot");
   ScaledDotParams p{};
   p.a = make_operand(a, "a", a);
   p.b = make_operand(b, "b", a);
@@ -62,7 +64,7 @@ Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature, L
   if (a.numel() == 0) return torch::stable::new_zeros(temperature, shape);
   Tensor result = torch::stable::new_empty(temperature, shape);
   p.result = result.data_ptr();
-  launch(coalesce(p));
+  backend.dot(coalesce(p));
   return result;
 }
 
@@ -83,13 +85,14 @@ inline Tensor make_divided(const Tensor& tensor, const char* name, const Tensor&
 }
 
 // weight [R, C] and bias [R] in `dtype`, their first `rows` rows divided by the temperature clamped
-// to [low, high]; and that. Without a bias, [0]. launch(params) runs the kernel.
-template <class Launch>
+// to [low, high]; and the clamped temperature. Without a bias, [0] stands for it.
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> divide_rows(const Tensor& weight,
                                                const std::optional<Tensor>& bias,
                                                const Tensor& temperature, int64_t rows, double low,
-                                               double high, ScalarType dtype, Launch launch) {
+                                               double high, ScalarType dtype) {
   const char* const op = "divide_rows";
+  const Backend backend(weight, "weight", op);
   DivideParams p{};
   STD_TORCH_CHECK(weight.dim() == 2, "divide_rows: weight must have 2 dimensions, got ",
                   weight.dim());
@@ -112,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> divide_rows(const Tensor& weight,
   const std::vector<int64_t> shape(static_cast<size_t>(temperature.dim()), 1);
   Tensor clamped = torch::stable::new_empty(temperature, shape);
   p.clamped = clamped.data_ptr();
-  launch(p);
+  backend.divide(p);
   return {new_weight, new_bias, clamped};
 }
 

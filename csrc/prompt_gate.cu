@@ -71,8 +71,8 @@ struct ForwardPack {
   Pack<X, kVector> x;
 
   __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t in) {
-    h = Pack<H, kVector>::load(at<const H>(p.out, out));
-    x = Pack<X, kVector>::load(at<const X>(p.in, in));
+    h = Pack<H, kVector>::load(at<const H>(p.h, out));
+    x = Pack<X, kVector>::load(at<const X>(p.x, in));
   }
   // gate(i) is the Gate of element i.
   template <class G>
@@ -90,7 +90,7 @@ struct ForwardPack {
       new_h[i] = narrow<H>(update(g.value, h_i, input_weight(g, p.mix), x_i));
     }
     h.set(new_h);
-    h.store(at<H>(p.out, out));
+    h.store(at<H>(p.h, out));
     if (p.saved.data == nullptr) return;
     h.set(derivative);
     h.store(at<H>(p.saved, saved));
@@ -106,7 +106,7 @@ struct BackwardPack {
 
   __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t saved_at,
                                        int64_t carrier_at) {
-    grad = Pack<H, kVector>::load(at<const H>(p.out, out));
+    grad = Pack<H, kVector>::load(at<const H>(p.h, out));
     if (p.saved.data != nullptr) saved = Pack<H, kVector>::load(at<const H>(p.saved, saved_at));
     if (p.carrier.data != nullptr) {
       carrier = Pack<H, kVector>::load(at<const H>(p.carrier, carrier_at));
@@ -128,14 +128,14 @@ struct BackwardPack {
       of_in[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
       of_out[i] = narrow<H>(g.value * t);
     }
-    if (p.in.data != nullptr) {
+    if (p.x.data != nullptr) {
       Pack<X, kVector> pack;
       pack.set(of_in);
-      pack.store(at<X>(p.in, in));
+      pack.store(at<X>(p.x, in));
     }
     if (!p.rescale) return;
     grad.set(of_out);
-    grad.store(at<H>(p.out, out));
+    grad.store(at<H>(p.h, out));
   }
 };
 
@@ -183,7 +183,7 @@ struct SumEnd {
   }
   __device__ __forceinline__ void finish(double sum, double slope) const {
     if (is_bias) {
-      if (p.out.dtype == DType::kFloat64) {
+      if (p.h.dtype == DType::kFloat64) {
         static_cast<double*>(p.grad_bias)[channel] = sum;
       } else {
         static_cast<float*>(p.grad_bias)[channel] = static_cast<float>(sum);
@@ -284,12 +284,12 @@ __global__ void __launch_bounds__(kForwardThreads, kOneRun ? 8 : 6)
     pipeline<kPacksInFlight, false, Packs>(
         int64_t(blockIdx.x) * kTile + threadIdx.x, kForwardThreads, plan.grid_x * kTile, packs,
         [&](Packs& pack, int64_t index) {
-          pack.load(p, place<kVector, kOneRun>(plan, p.out, b, index),
-                    place<kVector, kOneRun>(plan, p.in, b, index));
+          pack.load(p, place<kVector, kOneRun>(plan, p.h, b, index),
+                    place<kVector, kOneRun>(plan, p.x, b, index));
         },
         [&] { gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride)); },
         [&](Packs& pack, int64_t index) {
-          pack.update_and_store(p, place<kVector, kOneRun>(plan, p.out, b, index),
+          pack.update_and_store(p, place<kVector, kOneRun>(plan, p.h, b, index),
                                 place<kVector, kOneRun>(plan, p.saved, b, index),
                                 [&](int) { return gate; });
         });
@@ -314,14 +314,14 @@ __global__ void __launch_bounds__(kThreads, kOneRun && sizeof(H) * kVector == 16
     gate = make_gate(read<A>(p.logit, b * p.logit.batch_stride));
   };
   const auto load = [&](Packs& pack, int64_t b, int64_t index) {
-    pack.load(p, place<kVector, kOneRun>(plan, p.out, b, index),
+    pack.load(p, place<kVector, kOneRun>(plan, p.h, b, index),
               place<kVector, kOneRun>(plan, p.saved, b, index),
               place<kVector, kOneRun>(plan, p.carrier, b, index));
   };
   const auto use = [&](Packs& pack, int64_t b, int64_t index) {
     pack.update_and_store(
-        p, place<kVector, kOneRun>(plan, p.out, b, index),
-        place<kVector, kOneRun>(plan, p.in, b, index), [&](int) { return gate; },
+        p, place<kVector, kOneRun>(plan, p.h, b, index),
+        place<kVector, kOneRun>(plan, p.x, b, index), [&](int) { return gate; },
         [&](int, A product) { sum += product; });
   };
   if (p.by_sample) {
@@ -371,7 +371,7 @@ struct BackwardRow {
     for (int k = 0; k < kPacks; ++k) {
       const int64_t channel = (first + 32 * k) * kVector;
       if (first + 32 * k < end) {
-        packs[k].load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+        packs[k].load(p, pack_at(p.h, row, channel), pack_at(p.saved, row, channel),
                       pack_at(p.carrier, row, channel));
       }
     }
@@ -385,7 +385,7 @@ struct BackwardRow {
       const int64_t channel = (first + 32 * k) * kVector;
       if (first + 32 * k < end) {
         packs[k].update_and_store(
-            p, pack_at(p.out, row, channel), pack_at(p.in, row, channel), [&](int) { return gate; },
+            p, pack_at(p.h, row, channel), pack_at(p.x, row, channel), [&](int) { return gate; },
             [&](int, A product) { sum += product; });
       }
     }
@@ -406,11 +406,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     pipeline<kPacks, false, ForwardPack<H, X, kVector>>(
         lane, 32, 32 * kPacks, plan.packs_per_row,
         [&](ForwardPack<H, X, kVector>& pack, int64_t index) {
-          pack.load(p, pack_at(p.out, row, index * kVector), pack_at(p.in, row, index * kVector));
+          pack.load(p, pack_at(p.h, row, index * kVector), pack_at(p.x, row, index * kVector));
         },
         [&] { gate = make_gate(read<A>(p.logit, offset_of(p.logit, row))); },
         [&](ForwardPack<H, X, kVector>& pack, int64_t index) {
-          pack.update_and_store(p, pack_at(p.out, row, index * kVector),
+          pack.update_and_store(p, pack_at(p.h, row, index * kVector),
                                 pack_at(p.saved, row, index * kVector), [&](int) { return gate; });
         });
   }
@@ -528,7 +528,7 @@ __global__ void __launch_bounds__(kThreads, kStreamed ? kMinBlocks : 2)
           first + lane < plan.packs_per_row ? segments.rows : 0,
           [&](ForwardPack<H, X, kVector>& pack, int64_t i) {
             const RowIndex row = row_of_segment(p, segments, segment, i);
-            pack.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
+            pack.load(p, pack_at(p.h, row, channel), pack_at(p.x, row, channel));
           },
           [&] {
             if (kStreamed) return;
@@ -537,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, kStreamed ? kMinBlocks : 2)
           [&](ForwardPack<H, X, kVector>& pack, int64_t i) {
             const RowIndex row = row_of_segment(p, segments, segment, i);
             if (kStreamed) read_gates(p, row, channel, gates);
-            pack.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+            pack.update_and_store(p, pack_at(p.h, row, channel), pack_at(p.saved, row, channel),
                                   [&](int k) { return gates[k]; });
           });
     }
@@ -566,7 +566,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           first + lane < plan.packs_per_row ? segments.rows : 0,
           [&](BackwardPack<H, X, kVector>& pack, int64_t i) {
             const RowIndex row = row_of_segment(p, segments, segment, i);
-            pack.load(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+            pack.load(p, pack_at(p.h, row, channel), pack_at(p.saved, row, channel),
                       pack_at(p.carrier, row, channel));
           },
           [&] {
@@ -578,7 +578,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (kStreamed) read_gates(p, row, channel, gates);
             A grads[kVector];
             pack.update_and_store(
-                p, pack_at(p.out, row, channel), pack_at(p.in, row, channel),
+                p, pack_at(p.h, row, channel), pack_at(p.x, row, channel),
                 [&](int k) { return gates[k]; },
                 [&](int k, A product) {
                   if (kStreamed)
@@ -614,7 +614,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int64_t pack = lane; pack < plan.packs_per_row; pack += 32) {
       const int64_t channel = pack * kVector;
       H h[kVector];
-      Pack<H, kVector>::load(at<const H>(p.out, pack_at(p.out, row, channel))).get(h);
+      Pack<H, kVector>::load(at<const H>(p.h, pack_at(p.h, row, channel))).get(h);
       A weights[kVector];
       read_pack(p.weight, channel * p.weight.channel_stride, weights);
 #pragma unroll
@@ -626,11 +626,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int64_t pack = lane; pack < plan.packs_per_row; pack += 32) {
       const int64_t channel = pack * kVector;
       ForwardPack<H, X, kVector> values;
-      values.load(p, pack_at(p.out, row, channel), pack_at(p.in, row, channel));
+      values.load(p, pack_at(p.h, row, channel), pack_at(p.x, row, channel));
       if (p.gathered.data != nullptr) {
         values.h.store(at<H>(p.gathered, pack_at(p.gathered, row, channel)));
       }
-      values.update_and_store(p, pack_at(p.out, row, channel), pack_at(p.saved, row, channel),
+      values.update_and_store(p, pack_at(p.h, row, channel), pack_at(p.saved, row, channel),
                               [&](int) { return gate; });
     }
   }
@@ -705,8 +705,8 @@ int launch(const PromptGateParams& p, bool backward, void* workspace, void* stre
 
 // Mixed pairs are float32 beside a 16-bit type; the bindings admit no other.
 int launch(const PromptGateParams& p, bool backward, void* workspace, void* stream) {
-  const bool in_float = p.in.dtype == DType::kFloat32;
-  switch (p.out.dtype) {
+  const bool in_float = p.x.dtype == DType::kFloat32;
+  switch (p.h.dtype) {
     case DType::kFloat64: return launch<double, double>(p, backward, workspace, stream);
     case DType::kBFloat16:
       return in_float ? launch<BFloat16, float>(p, backward, workspace, stream)
@@ -715,10 +715,9 @@ int launch(const PromptGateParams& p, bool backward, void* workspace, void* stre
       return in_float ? launch<Half, float>(p, backward, workspace, stream)
                       : launch<Half, Half>(p, backward, workspace, stream);
     default:
-      return p.in.dtype == DType::kBFloat16
-                 ? launch<float, BFloat16>(p, backward, workspace, stream)
-             : p.in.dtype == DType::kFloat16 ? launch<float, Half>(p, backward, workspace, stream)
-                                             : launch<float, float>(p, backward, workspace, stream);
+      return p.x.dtype == DType::kBFloat16 ? launch<float, BFloat16>(p, backward, workspace, stream)
+             : p.x.dtype == DType::kFloat16 ? launch<float, Half>(p, backward, workspace, stream)
+                                            : launch<float, float>(p, backward, workspace, stream);
   }
 }
 

@@ -42,10 +42,10 @@ struct PromptGateParams {
   bool mix;                            // rule: mix or residual
   bool by_sample, by_row, by_channel;  // the dimensions along which the logit has its own size
   Rows logit;
-  Rows out;         // forward: block_out, updated. backward: its gradient G
-  Rows in;          // forward: block_in, read. backward: its gradient, written
-  Rows saved;       // [B, P, D] contiguous, dtype of out
-  Rows carrier;     // backward: C, dtype of out
+  Rows h;           // forward: the rows of block_out, updated. backward: G, updated
+  Rows x;           // forward: the rows of block_in, read. backward: their gradient, written
+  Rows saved;       // [B, P, D] contiguous, dtype of h
+  Rows carrier;     // backward: C, dtype of h
   Rows grad_logit;  // backward: contiguous in the shape of the logit
   void* grad_bias;  // backward: [D] where by_channel, else [1]; float32, float64 beside float64
   bool rescale;     // backward: write g*T over G
@@ -54,7 +54,7 @@ struct PromptGateParams {
   // by_row: `logit` (float32, float64 beside float64) is written, unless its data is nullptr
   Rows weight;    // [D]; data == nullptr for every other gate
   Rows bias;      // [1]; data == nullptr: none
-  Rows gathered;  // [B, P, D] contiguous, dtype of out: a copy of the h before
+  Rows gathered;  // [B, P, D] contiguous, dtype of h: a copy of the h before
 };
 
 // Rows of one segment share their gate, and the gradient of that gate is a sum over them. A gate of
@@ -105,7 +105,7 @@ constexpr int64_t kRowElements = 4096;   // of rows taken together: two passes o
 // can be cut anywhere.
 inline bool rows_are_one_run(const PromptGateParams& p) {
   if (p.by_row || p.by_channel) return false;
-  for (const Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) {
+  for (const Rows* rows : {&p.h, &p.x, &p.saved, &p.carrier}) {
     if (rows->data != nullptr && rows->row_stride != p.dim * rows->channel_stride) return false;
   }
   return true;
@@ -118,7 +118,7 @@ inline PromptGateParams join_rows(PromptGateParams p) {
   if (joined <= 1) return p;
   p.length /= joined;
   p.dim *= joined;
-  for (Rows* rows : {&p.out, &p.in, &p.saved, &p.carrier}) rows->row_stride *= joined;
+  for (Rows* rows : {&p.h, &p.x, &p.saved, &p.carrier}) rows->row_stride *= joined;
   return p;
 }
 
@@ -188,7 +188,7 @@ struct LaunchPlan {
 
 // What the kernels are instantiated for, whether or not `in` is wanted.
 inline int64_t narrowest_item(const PromptGateParams& p) {
-  const int64_t out = item_size(p.out.dtype), in = item_size(p.in.dtype);
+  const int64_t out = item_size(p.h.dtype), in = item_size(p.x.dtype);
   return out < in ? out : in;
 }
 
@@ -198,7 +198,7 @@ inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
   if (run % vector != 0) return false;
   const bool logit_in_packs = p.by_channel && segments_of(p).streamed;
   for (const Rows* rows :
-       {&p.out, &p.in, &p.saved, &p.carrier, &p.gathered, &p.weight, &p.logit, &p.grad_logit}) {
+       {&p.h, &p.x, &p.saved, &p.carrier, &p.gathered, &p.weight, &p.logit, &p.grad_logit}) {
     if (rows->data == nullptr || vector == 1) continue;
     if ((rows == &p.logit || rows == &p.grad_logit) && !logit_in_packs) continue;
     const int64_t bytes = vector * item_size(rows->dtype);
@@ -289,7 +289,7 @@ inline size_t workspace_bytes(const PromptGateParams& p) {
   const int64_t sums = plan.mapping == Mapping::kStrips    ? 32 * plan.vector  // of a block
                        : plan.mapping == Mapping::kPrompts ? kWarps
                                                            : 1;
-  const bool is_float = plan.mapping == Mapping::kStrips && p.out.dtype != DType::kFloat64;
+  const bool is_float = plan.mapping == Mapping::kStrips && p.h.dtype != DType::kFloat64;
   const int64_t blocks = plan.grid_x * plan.grid_y * plan.grid_z;
   return kTicketBytes + static_cast<size_t>(blocks * sums * (is_float ? 4 : 8));
 }

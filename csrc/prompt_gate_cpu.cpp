@@ -157,9 +157,9 @@ void store_row(const V* source, int64_t n, const Rows& rows, RowIndex row) {
 // block_in (or its gradient) have it, too, and all lie in unit stride; else the compute type.
 template <class F>
 void visit_work(const PromptGateParams& p, F&& f) {
-  visit(p.out.dtype, [&](auto type) {
+  visit(p.h.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool in_place = is_run_of<T>(p.out) && (p.in.data == nullptr || is_run_of<T>(p.in));
+    const bool in_place = is_run_of<T>(p.h) && (p.x.data == nullptr || is_run_of<T>(p.x));
     in_place ? f(type) : f(compute_t<T>{});
   });
 }
@@ -215,8 +215,8 @@ void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
   for_each_task(p, begin, end, [&](int64_t, int64_t segment, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
-      const V* h = load_row(p.out, row, n, h_buffer);
-      const V* x = load_row(p.in, row, n, x_buffer);
+      const V* h = load_row(p.h, row, n, h_buffer);
+      const V* x = load_row(p.x, row, n, x_buffer);
       if (is_linear) {
         const A logit = static_cast<A>(dot_row(h, weight, n)) + bias;
         if (p.logit.data != nullptr) store_row(&logit, 1, p.logit, row);
@@ -225,14 +225,14 @@ void forward(const PromptGateParams& p, int64_t begin, int64_t end) {
       } else if (segments.streamed || i == first) {
         gate.read(p, row);
       }
-      V* const target = place_of(p.out, row, h_buffer);
+      V* const target = place_of(p.h, row, h_buffer);
       V* const saved = place_of(p.saved, row, saved_buffer);
       gate.visit([&](auto g, auto w) {
         !saves  ? update_row(h, x, g, w, n, target)
         : p.mix ? update_and_save_row<true>(h, x, g, w, n, target, saved)
                 : update_and_save_row<false>(h, x, g, w, n, target, saved);
       });
-      store_row(target, n, p.out, row);
+      store_row(target, n, p.h, row);
       if (saves) store_row(saved, n, p.saved, row);
     }
   });
@@ -256,13 +256,13 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
       if (segments.streamed || i == first) gate.read(p, row);
-      const A* t = load_row(p.out, row, n, t_buffer);
+      const A* t = load_row(p.h, row, n, t_buffer);
       if (p.carrier.data != nullptr) {
         add_row(t, load_row(p.carrier, row, n, grad), n, t_buffer);
         t = t_buffer;
       }
-      V* const out = p.rescale ? place_of(p.out, row, out_buffer) : out_buffer;
-      V* const in = place_of(p.in, row, in_buffer);
+      V* const out = p.rescale ? place_of(p.h, row, out_buffer) : out_buffer;
+      V* const in = place_of(p.x, row, in_buffer);
       const V* s = needs_sum ? load_row(p.saved, row, n, s_buffer) : nullptr;
       if (needs_sum && p.by_channel) {
         if (!segments.streamed) {
@@ -282,8 +282,8 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
       if (segments.streamed && p.grad_logit.data != nullptr) {
         store_row(grad, width, p.grad_logit, row);
       }
-      if (p.rescale) store_row(out, n, p.out, row);
-      if (p.in.data != nullptr) store_row(in, n, p.in, row);
+      if (p.rescale) store_row(out, n, p.h, row);
+      if (p.x.data != nullptr) store_row(in, n, p.x, row);
     }
     if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
   });
@@ -333,8 +333,8 @@ void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t task_begin, int
 }
 
 void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials) {
-  params.out.dtype == DType::kFloat64 ? finish(params, static_cast<const double*>(partials))
-                                      : finish(params, static_cast<const float*>(partials));
+  params.h.dtype == DType::kFloat64 ? finish(params, static_cast<const double*>(partials))
+                                    : finish(params, static_cast<const float*>(partials));
 }
 
 const char* cpu_instructions() {

@@ -262,8 +262,8 @@ struct Call {
     PromptGateParams p{};
     p.batch = c.shape.batch, p.length = c.shape.length, p.dim = c.shape.dim, p.mix = mix;
     p.by_sample = kind.by_sample, p.by_row = kind.by_row, p.by_channel = kind.by_channel;
-    p.logit = logit.rows(), p.out = out.rows(), p.in = in.rows(), p.saved = saved.rows();
-    if (!wants_in) p.in.data = nullptr;
+    p.logit = logit.rows(), p.h = out.rows(), p.x = in.rows(), p.saved = saved.rows();
+    if (!wants_in) p.x.data = nullptr;
     if (!wants_saved) p.saved.data = nullptr;
     p.rescale = rescale;
     if (backward && wants_saved) p.grad_logit = grad_logit.rows();

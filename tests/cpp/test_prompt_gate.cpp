@@ -258,8 +258,8 @@ void test_joined_rows() {
       const bool may_join = !kind.by_row && !kind.by_channel && layout == sequence;
       CHECK(joined.length == (may_join ? 2 : 10), "%d rows", int(joined.length));
       CHECK(joined.length * joined.dim == p.length * p.dim, "%d elements", int(joined.dim));
-      const Rows before[] = {p.out, p.in, p.saved, p.carrier};
-      const Rows after[] = {joined.out, joined.in, joined.saved, joined.carrier};
+      const Rows before[] = {p.h, p.x, p.saved, p.carrier};
+      const Rows after[] = {joined.h, joined.x, joined.saved, joined.carrier};
       for (int i = 0; i < 4; ++i) {  // element d of row r is where it was
         for (int64_t k = 0; k < p.length * p.dim; k += 256) {
           const auto at = [&](const PromptGateParams& params, const Rows& rows) {
@@ -321,7 +321,7 @@ void check_plan(const PromptGateParams& p, int wanted_vector, bool backward) {
   for (const int count : visits_of(p, plan, backward)) {
     CHECK(count == 1, "a pack is visited %d times", count);
   }
-  for (const Rows& rows : {p.out, p.in, p.saved}) {
+  for (const Rows& rows : {p.h, p.x, p.saved}) {
     const int64_t size = item_size(rows.dtype);
     const int64_t bytes = plan.vector * size < 16 ? plan.vector * size : 16;
     for (int64_t index = 0; index < packs; index += packs > 100000 ? 997 : 1) {
@@ -371,8 +371,8 @@ void test_plan() {
         float grad_logit = 0;
         PromptGateParams p{};
         p.batch = c.shape.batch, p.length = c.shape.length, p.dim = c.shape.dim;
-        p.out = rows_of(which == 0 ? c.odd : plain, c.dtype);
-        p.in = rows_of(which == 1 ? c.odd : plain, c.dtype);
+        p.h = rows_of(which == 0 ? c.odd : plain, c.dtype);
+        p.x = rows_of(which == 1 ? c.odd : plain, c.dtype);
         p.saved = rows_of(plain, c.dtype);
         if (backward) p.grad_logit.data = &grad_logit;
         check_plan(p, c.vector, backward);
@@ -385,8 +385,8 @@ void test_plan() {
     for (const DType in : {single, half}) {
       PromptGateParams p{};
       p.batch = 2, p.length = 4, p.dim = 64;
-      p.out = rows_of(at256({640, 64, 1, 0}), out);
-      p.in.dtype = in, p.rescale = true;
+      p.h = rows_of(at256({640, 64, 1, 0}), out);
+      p.x.dtype = in, p.rescale = true;
       CHECK(plan_launch(p, true).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
     }
   }
@@ -415,7 +415,7 @@ void test_segments() {
       PromptGateParams p{};
       p.batch = s.batch, p.length = s.length, p.dim = s.dim;
       p.by_sample = kind.by_sample, p.by_row = kind.by_row, p.by_channel = kind.by_channel;
-      p.out = rows_of({compact(s), 256}, kBF16), p.in = p.saved = p.out;
+      p.h = rows_of({compact(s), 256}, kBF16), p.x = p.saved = p.h;
       float grad = 0;
       p.grad_logit.data = &grad;
       if (kind.by_sample && kind.by_row) p.grad_bias = &grad;
