@@ -126,13 +126,13 @@ report: build
 	$(BIN)/python benchmarks/report.py benchmarks/README.md README.md
 	$(BIN)/python benchmarks/counts.py docs/counts.md
 
-# Instructions and registers beside benchmarks/baseline.json; UPDATE=--update writes it. Needs valgrind and nvcc.
+# Instructions and registers beside benchmarks/lab/baseline.json; UPDATE=--update writes it. Needs valgrind and nvcc.
 guard: build
-	$(BIN)/python benchmarks/guard.py $(UPDATE)
+	$(BIN)/python benchmarks/lab/guard.py $(UPDATE)
 
 # Registers, spills and memory instructions of the CUDA kernels; needs nvcc, no GPU.
 resources: $(CHOSEN)
-	$(BIN)/python benchmarks/kernel_resources.py
+	$(BIN)/python benchmarks/lab/kernel_resources.py
 
 SOURCES = $(wildcard csrc/* tests/cpp/*.* tests/cpp/*/*)
 lint: $(CHOSEN)

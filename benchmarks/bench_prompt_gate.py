@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate of one block beside its peers.
+"""The gate of one block and its peers; the linear gates also with the bare GEMMs that bound them:
+one with a bias forward, two backward.
 
     pytest benchmarks/bench_prompt_gate.py --benchmark-only [flags of shapes.py] [--all-peers]
 
@@ -37,9 +38,9 @@ GOAL_PEERS = (
 pytestmark = timed_here
 
 
-def rows(config, suite):
-    """(device, case, how, peer, which) of a suite."""
-    for case in chosen(config, suite):
+def rows(config):
+    """(device, case, how, peer, which)"""
+    for case in (*chosen(config, "prompt_gate"), *chosen(config, "prompt_gate_linear")):
         for how in HOWS:
             if "graph" in how and case.device == "cpu":
                 continue
@@ -93,14 +94,10 @@ def by_default(case, how, peer):
     return peer in (*QUICK_PEERS, "slice assignment", "slice_scatter")
 
 
-def parametrize(metafunc, suite):
-    names = ("device", "case", "how", "peer", "which")
-    found = list(rows(metafunc.config, suite))
-    metafunc.parametrize(names, found, indirect=["device", "case"], ids=str)
-
-
 def pytest_generate_tests(metafunc):
-    parametrize(metafunc, "prompt_gate")
+    names = ("device", "case", "how", "peer", "which")
+    found = list(rows(metafunc.config))
+    metafunc.parametrize(names, found, indirect=["device", "case"], ids=str)
 
 
 @functools.lru_cache(maxsize=2)

@@ -83,9 +83,10 @@ def parts(options):
 
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
     ready = (python, "benchmarks/gpu.py", "--ready", *(() if is_real else ("--rehearse",)))
-    raw_ops = (python, "benchmarks/raw_ops.py", "--device", device)
+    raw_ops = (python, "benchmarks/lab/raw_ops.py", "--device", device)
     ncu = [word for section in SECTIONS for word in ("--section", section)]
     ncu = ("ncu", "--clock-control", "none", *ncu, "-k", "regex:prompt_gate") if is_real else ()
+    gates = (*benchmarks, "benchmarks/bench_prompt_gate.py")
     few = () if is_real else ("-k", "cpu and (scalar or dot)")
     first = [
         (Part("build", 90, build, True, {"FORCE_CUDA": "1"} if is_real else {}),),
@@ -105,8 +106,8 @@ def parts(options):
         (Part("compiled-step", 150, goals("G6,G12,G14")),),
         (Part("ncu", 60, (*ncu, *raw_ops, "--once", "--sizes", "256x50")),),
         (Part("attention", 60, (*benchmarks, "benchmarks/bench_attention.py")),),
-        (Part("chain", 90, (*benchmarks, "-k", "chain", "benchmarks/bench_prompt_gate.py")),),
-        (Part("linear", 60, (*benchmarks, "benchmarks/bench_prompt_gate_linear.py")),),
+        (Part("chain", 90, (*gates, "-k", "chain and not linear")),),
+        (Part("linear", 60, (*gates, "-k", "linear")),),
     ]
     return first[options.built :], more
 

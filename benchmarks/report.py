@@ -8,6 +8,7 @@ function NAME of TABLES makes of the results, and plots go beside the results, a
 result is not there, the table says that it was not measured.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -231,8 +232,8 @@ def summary(result):
 
 
 def counted():
-    """{case: {peer: {pass: instructions}}} of benchmarks/baseline.json."""
-    return json.loads((HERE / "baseline.json").read_text())["instructions"]
+    """{case: {peer: {pass: instructions}}} of lab/baseline.json."""
+    return json.loads((HERE / "lab" / "baseline.json").read_text())["instructions"]
 
 
 def instructions(results):
@@ -260,8 +261,15 @@ def aims(results):
         for case in (Case("cpu", 8), Case("cpu", 8, dtype="bfloat16"))
         for peer in ("original", OURS)
     ]
+    lines = list(goals.lines(found))
+    measured = [line for line in lines if line[3] != NOT_MEASURED]
     header = ("goal", "of", "", "measured", "mode", "met")
-    return markdown(header, goals.lines(found), left=2)
+    text = markdown(header, measured, left=2)
+    missing = collections.Counter(line[0] for line in lines if line[3] == NOT_MEASURED)
+    if missing:
+        names = ", ".join(f"{id} ({count})" for id, count in missing.items())
+        text += f"\n\nNot measured, with the number of rows: {names}."
+    return text
 
 
 # ---- plots ----

@@ -56,10 +56,19 @@ def faults(now, before):
                 yield f"{name}: {what} {old} -> {new}"
 
 
+def write(counts):
+    """A line for each case and each kernel, so that a change of one is a line in the diff."""
+    parts = []
+    for part, found in counts.items():
+        rows = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+        parts.append(f" {json.dumps(part)}: {{\n" + ",\n".join(rows) + "\n }")
+    BASELINE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main():
     now = measure()
     if sys.argv[1:] == ["--update"]:
-        BASELINE.write_text(json.dumps(now, indent=1) + "\n")
+        write(now)
         return
     before = json.loads(BASELINE.read_text())
     if before["made_with"] != now["made_with"]:

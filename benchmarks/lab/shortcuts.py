@@ -2,7 +2,7 @@
 """What each short cut of gated_prompt/vit/shortcuts.py gains on a training step: each switched off
 alone, the steps taken in turn. Prints rows for the table of docs/vit.md.
 
-    python benchmarks/shortcuts.py --arch vit_small_patch16_224 --batch 8 [--compiled]
+    python benchmarks/lab/shortcuts.py --arch vit_small_patch16_224 --batch 8 [--compiled]
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import gated_prompt as gp
 from gated_prompt.vit import shortcuts
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
 from counts import saved_bytes
 
 OFF = {  # name: (conditions that are answered with no, options of wrap)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions of a gate on the CPU, counted by callgrind: ours, and its peers'.
 
-    python benchmarks/instructions.py           # {case: {peer: {pass: instructions}}} as JSON
+    python benchmarks/lab/instructions.py           # {case: {peer: {pass: instructions}}} as JSON
 
 Runs itself under valgrind; a call is counted after others have warmed it up. Counts are of one
 call, Python and autograd included, on one thread. Valgrind has no AVX-512, so kernels, ours and
@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
 from gates import Alone
 from harness import PASSES, seconds
 from shapes import Case

@@ -20,9 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-import gated_prompt_build as backend  # noqa: E402
+import gated_prompt_build as backend
 
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-Xptxas=-v", "-cubin"]
 

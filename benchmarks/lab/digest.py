@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests of outputs and gradients on the CPU: whether a change leaves every bit as it was.
 
-    python benchmarks/digest.py before.json     # then change the code
-    python benchmarks/digest.py after.json && cmp before.json after.json
+    python benchmarks/lab/digest.py before.json     # then change the code
+    python benchmarks/lab/digest.py after.json && cmp before.json after.json
 
 Gates by dtypes, rules, slices, and in place or not; wrapped ViTs by methods, pools, memory and
 autocast. The bits are those of one machine and one torch. A case that is refused has its error.
@@ -12,12 +12,15 @@ import hashlib
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import timm
 import torch
-from shapes import GATES
 
 import gated_prompt as gp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
+from shapes import GATES
 
 B, N, D, P = 3, 11, 24, 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

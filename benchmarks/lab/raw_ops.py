@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels by themselves: raw ops in CUDA graphs, beside copies in the same process.
 
-    python benchmarks/raw_ops.py [--gates scalar,channel] [--sizes 64x50,256x50] [--once]
+    python benchmarks/lab/raw_ops.py [--gates scalar,channel] [--sizes 64x50,256x50] [--once]
 
 For work on kernels: it needs neither timm nor Triton and compiles nothing, so it takes seconds,
 and many variants can be compared while a GPU is at hand (docs/optimisation-log.md). Sizes are batch
@@ -14,14 +14,18 @@ graph, twice, and times nothing: for ncu.
 import argparse
 import functools
 import statistics
+import sys
+from pathlib import Path
 
-import bench_limits
-import gates
 import torch
-from harness import Graphed, Timer, Work, check, seconds
-from shapes import GATES, Case
 
 from gated_prompt import ops, reference
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
+import bench_limits
+import gates
+from harness import Graphed, Timer, Work, check, seconds
+from shapes import GATES, Case
 
 ROUNDS = 15
 LOGITS = {name: shapes for name, shapes in GATES.items() if not name.startswith("linear")}

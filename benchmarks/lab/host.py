@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step costs the host: models of 12 blocks whose kernels cost next to nothing.
 
-    python benchmarks/host.py      # milliseconds of CPU time, medians, one thread
+    python benchmarks/lab/host.py      # milliseconds of CPU time, medians, one thread
 
 Images of one patch, D = 16, one prompt, autocast to bfloat16, weights of frozen layers in it.
 """
 
 import gc
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
 import vit_peers
 
 PEERS = ("original", "vpt-shallow", "gated_prompt vpt-shallow", "gated_prompt, all rows")
