@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated prompt tuning of frozen Vision Transformers (ICML 2023, arXiv 2306.05067).
 
-The op and its modules need torch alone. `wrap` and what follows it need the extra `vit`; they are
-imported when first used, so that importing this package stays light.
+The op and its modules need only torch. The names in _LAZY are imported on first use, so that
+importing this package stays light; all except `tempered_attention` need the extra `vit`.
 """
 
 import importlib
@@ -24,11 +24,11 @@ _LAZY = {
     "load_backbone": "gated_prompt.vit.backbones",
     "load_official": "gated_prompt.vit.official",
     "load_tuned": "gated_prompt.vit.tuned_files",
-    "load_tuned_state_dict": "gated_prompt.vit.tuned_files",
+    "load_tuned_state_dict": "gated_prompt.vit.tuned_state",
     "read_checkpoint": "gated_prompt.vit.checkpoint_file",
     "save_tuned": "gated_prompt.vit.tuned_files",
     "tempered_attention": "gated_prompt.temperature",
-    "tuned_state_dict": "gated_prompt.vit.tuned_files",
+    "tuned_state_dict": "gated_prompt.vit.tuned_state",
     "unwrap": "gated_prompt.vit.wrap",
     "wrap": "gated_prompt.vit.wrap",
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method restated step by step in float64, and the small models that it is held against."""
+"""The method restated step by step in float64, and the small models that it is tested on."""
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,13 @@ def small_eva(**changes):
 
 
 def randomised(vit):
-    for parameter in vit.double().parameters():  # away from the zeros and ones of initialisation
+    for parameter in vit.double().parameters():  # replaces the initial zeros and ones
         nn.init.normal_(parameter, std=0.3)
     return vit
 
 
 def restated_attention(attn, tau, y, rope, is_patch):
-    """softmax(q k^T / sqrt(d) / tau) v by explicit products; rope turns the patches alone."""
+    """softmax(q k^T / sqrt(d) / tau) v by explicit products; rope rotates only the patches."""
     if attn.qkv is None:
         parts = [F.linear(y, p.weight, p.bias) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
     else:
@@ -47,7 +47,7 @@ def restated_attention(attn, tau, y, rope, is_patch):
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         parts = F.linear(y, attn.qkv.weight, bias).chunk(3, dim=2)
     q, k, v = (part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in parts)
-    q, k = getattr(attn.q_norm, "norm", attn.q_norm)(q), attn.k_norm(k)  # not tempered
+    q, k = getattr(attn.q_norm, "norm", attn.q_norm)(q), attn.k_norm(k)  # without the temperature
     if rope is not None:
         sin, cos = rope.chunk(2, dim=-1)
 
@@ -59,7 +59,7 @@ def restated_attention(attn, tau, y, rope, is_patch):
                 other = torch.stack([-t[..., 1::2], t[..., ::2]], dim=-1).flatten(-2)
             return t * cos + other * sin
 
-        at = is_patch.nonzero()[:, 0]  # in turn as rope has them
+        at = is_patch.nonzero()[:, 0]  # in the order of rope
         q, k = (t.index_copy(2, at, turned(t[:, :, at])) for t in (q, k))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) / attn.head_dim**0.5 / tau
@@ -70,7 +70,10 @@ def restated_attention(attn, tau, y, rope, is_patch):
 
 
 def restated(model, images):
-    """The method as the paper states it, by explicit attention and cat: features and logits."""
+    """Runs the method as the paper states it, with explicit attention and cat.
+
+    Returns (features, logits).
+    """
     vit, depth = model.backbone, len(model.backbone.blocks)
     batch, prompts = images.shape[0], model.num_prompts
     patch = vit.patch_embed.patch_size[0]
@@ -97,7 +100,7 @@ def restated(model, images):
     grid = tuple(size // patch for size in images.shape[-2:])
     ropes = None if getattr(vit, "rope", None) is None else vit.rope.get_embed(shape=grid)
     for index, block in enumerate(vit.blocks):
-        attn, tau = block.attn, torch.tensor(float(model.options["temperature"] or 1.0)).to(x)
+        attn, tau = block.attn, torch.tensor(float(model.options.temperature or 1.0)).to(x)
         if len(model.temperatures) > 0:
             tau = model.temperatures[index].to(x.dtype)
             tau = tau + (tau.clamp(0.01, 10.0) - tau).detach()
@@ -143,7 +146,7 @@ def tuned(model):
 
 
 def randomise(model, logit=None):
-    """Gates, temperatures and prompts away from their start, so that a mix-up would show."""
+    """Moves gate logits and temperatures away from their initial values, so that a mix-up shows."""
     with torch.no_grad():
         for index, gate in enumerate(model.gates):
             if gate.logit is not None:
@@ -218,7 +221,7 @@ VITS = {
         "attn_type": "rope", "num_kv_heads": 1, "qkv_fused": False, "qk_norm": True,
     }),
 }  # fmt: skip
-SAMPLE = [  # of OPTIONS, for backbones that differ in what no option touches
+SAMPLE = [  # some of OPTIONS, for backbones whose differences no option touches
     {"method": "linear"}, {"method": "full"}, {"method": "vpt-shallow", "pool": "prompt+patch"},
     {"method": "vpt-deep"}, {"method": "gpt"}, {"method": "gpt", "pool": "patch"},
     {**SECOND_SYSTEM, "pool": "prompt+patch"}, {"method": "gpt", "temperature": 0.5}, GPT_DEEP,

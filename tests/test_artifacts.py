@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuned model as files: exactly what was saved comes back, or nothing, whatever befalls them."""
+"""Saved tuned models: loading returns exactly what was saved or raises, whatever the damage."""
 
 import contextlib
 import copy
@@ -27,14 +27,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from gated_prompt import temperature as attention
 from gated_prompt.vit import tuned_files
+from gated_prompt.vit.backbone_identity import identity_of
 from gated_prompt.vit.checkpoint_file import CheckpointError
-from gated_prompt.vit.tuned_files import (
-    load_tuned,
-    load_tuned_state_dict,
-    read_config,
-    save_tuned,
-    tuned_state_dict,
-)
+from gated_prompt.vit.tuned_files import load_tuned, read_config, save_tuned
+from gated_prompt.vit.tuned_state import load_tuned_state_dict, tuned_state_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +62,7 @@ def tuned_model(vit=None, method="gpt", seed=1, **options):
 def logits(model, dtype=torch.float32):
     torch.manual_seed(2)
     images = torch.randn(2, 3, *model.backbone.patch_embed.img_size, dtype=dtype)
-    is_narrow = model.options["frozen_dtype"] is not None
+    is_narrow = model.options.frozen_dtype is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_narrow):
         return model(images)
 
@@ -76,7 +72,7 @@ def tensors_of(vit):
 
 
 def sign(config):
-    """As save_tuned writes it: what an attacker can do as well."""
+    """Returns the config with a valid digest, as save_tuned writes it. Attackers can do so too."""
     config = {name: value for name, value in config.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(config, indent=2).encode()).hexdigest()
     return json.dumps({**config, "sha256": digest}, indent=2).encode()
@@ -84,7 +80,7 @@ def sign(config):
 
 @contextlib.contextmanager
 def left_alone(vit):
-    """Nothing in the block changes the backbone: modules, tensors, flags."""
+    """Asserts that the `with` block leaves the backbone's modules, tensors and flags unchanged."""
     before = tensors_of(vit), list(vit.named_modules()), vars(vit).copy()
     flags = (
         [(p.requires_grad, p.dtype) for p in vit.parameters()],
@@ -103,7 +99,7 @@ def left_alone(vit):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder, and the model in it."""
+    """Returns a folder and the model that was saved in it."""
     model = tuned_model()
     return save_tuned(model, tmp_path / "birds", class_names=BIRDS, metrics={"top1": 0.5}), model
 
@@ -235,7 +231,7 @@ def test_class_names_outlive_a_second_save(saved, tmp_path):
 def test_how_it_runs_can_be_chosen_anew(saved):
     folder, model = saved
     loaded = load_tuned(folder, small_vit(), attention="math", memory="low")
-    assert loaded.options["attention"] == "math"
+    assert loaded.options.attention == "math"
     torch.testing.assert_close(logits(loaded), logits(model))
     with left_alone(vit := small_vit()), pytest.raises(TypeError, match="num_prompts"):
         load_tuned(folder, vit, num_prompts=3)
@@ -325,14 +321,14 @@ def test_the_frozen_digest_depends_on_neither_patches_nor_options(method):
     vit = small_vit()
     model = gp.wrap(vit, method, num_prompts=4, frozen_dtype=torch.bfloat16)
     names = tuned_state_dict(model)
-    wrapped = tuned_files._identity(vit, names)
-    assert wrapped == tuned_files._identity(gp.unwrap(model), names)
+    wrapped = identity_of(vit, names)
+    assert wrapped == identity_of(gp.unwrap(model), names)
     with torch.no_grad():
-        vit.head.weight.add_(1)  # unused
-    assert wrapped == tuned_files._identity(vit, names)
+        vit.head.weight.add_(1)  # the wrapper has its own head
+    assert wrapped == identity_of(vit, names)
     with torch.no_grad():
         vit.pos_embed[0, 0, 0] += 1
-    assert wrapped != tuned_files._identity(vit, names)
+    assert wrapped != identity_of(vit, names)
 
 
 def test_narrowed_weights_load_wide_and_back(tmp_path):
@@ -403,7 +399,7 @@ def test_without_a_backbone_and_offline_the_message_says_what_to_do(tmp_path, mo
 
 
 def silent_loads(folder, damages):
-    """How many of the damaged files load; anything but a CheckpointError fails."""
+    """Counts the damaged files that load. Any error other than a CheckpointError fails the test."""
     vit, silent, messages = small_vit(), 0, []
     with left_alone(vit):
         for name, data in damages:
@@ -458,7 +454,7 @@ def test_truncated_files_are_not_loaded(saved):
 
 
 def resaved(folder, change):
-    """The tensors file written anew, after change; config.json as it was."""
+    """Applies `change` to the tensors and writes their file again; config.json is unchanged."""
     tensors = safetensors.torch.load_file(folder / TENSORS)
     change(tensors)
     (folder / TENSORS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
@@ -504,7 +500,7 @@ def put(config, path, value):
     config[last] = value
 
 
-HOSTILE = {  # path in config.json, value, text of the error; all correctly signed
+HOSTILE = {  # name: (path in config.json, value, text of the error); the digest is always valid
     "newer format": ("format", 2, "format 1, got 2"),
     "format of another type": ("format", "1", "format 1, got '1'"),
     "a class to make": ("_target_", "os.system", "unknown '_target_'"),
@@ -558,7 +554,7 @@ def test_a_hostile_config_is_refused(saved, name):
 
 
 def test_what_an_attacker_signs_would_load(saved):
-    """Else the cases above might fail for their signature alone."""
+    """Without this test, the cases above might fail only because of their digest."""
     folder, _ = saved
     config = json.loads((folder / CONFIG).read_bytes())
     put(config, "metrics", {"top1": 1.0})
@@ -627,7 +623,7 @@ def test_missing_files_and_wrong_kinds_of_them(saved, tmp_path):
     os.unlink(folder / TENSORS)
     with pytest.raises(FileNotFoundError, match=TENSORS):
         load_tuned(folder, small_vit())
-    os.mkfifo(folder / TENSORS)  # would block
+    os.mkfifo(folder / TENSORS)  # opening a pipe would block
     with pytest.raises(FileNotFoundError, match=TENSORS):
         load_tuned(folder, small_vit())
     os.unlink(folder / CONFIG)
@@ -690,7 +686,7 @@ def test_no_symbolic_link_is_written_through(tmp_path, name, is_dangling):
 
 
 def test_links_are_read_through(saved, tmp_path):
-    """The Hugging Face cache is made of links."""
+    """The files in the Hugging Face cache are links."""
     folder, model = saved
     (tmp_path / "snapshot").mkdir()
     for name in (CONFIG, TENSORS):
@@ -702,9 +698,10 @@ def test_links_are_read_through(saved, tmp_path):
 
 
 def interrupted(folder, model, step, stop):
-    """Saves, and calls stop at the system call of that number; False if there are fewer.
+    """Saves the model and calls `stop` at point number `step`; False if there are fewer points.
 
-    A write stops with half of it done, the others before they begin, and once more after.
+    A write has one point, after half of its data. Any other system call has a point before it and
+    a point after it.
     """
     count = 0
 
@@ -756,7 +753,7 @@ def interrupted(folder, model, step, stop):
 
 
 def which(folder, models):
-    """Of two models, the one that the folder loads as, bit for bit."""
+    """Returns the index of the model that the folder loads as, bit for bit."""
     state = tuned_state_dict(load_tuned(folder, small_vit()))
     same = [
         all(torch.equal(state[name], value) for name, value in tuned_state_dict(model).items())
@@ -767,7 +764,7 @@ def which(folder, models):
 
 
 def killed(function):
-    """Runs it in a child, which must die by SIGKILL or end well; True if it died."""
+    """Runs the function in a child, which must exit normally or die by SIGKILL; True if it died."""
     child = os.fork()
     if child == 0:
         try:
@@ -792,14 +789,14 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new(tmp_path):
         if not killed(lambda: interrupted(folder, models[1], step, die)):  # noqa: B023
             break
         outcomes.append(which(folder, models))
-        # a second kill, in the save after it; then what is left is cleaned up
+        # kill the next save too; the save after that removes what is left over
         if killed(lambda: interrupted(folder, models[0], 3 + step % 9, die)):  # noqa: B023
             which(folder, models)
         save_tuned(models[1], folder)
         assert which(folder, models) == 1
         assert sorted(os.listdir(folder)) == [CONFIG, TENSORS]
     assert len(outcomes) > 15
-    assert outcomes == sorted(outcomes), "once new, it stays new"
+    assert outcomes == sorted(outcomes), "a kill at a later point left the older files"
     assert set(outcomes) == {0, 1}
     print(f"{len(outcomes)} points: {outcomes.count(0)} old, {outcomes.count(1)} new")
 
@@ -820,7 +817,7 @@ def test_a_full_disk_at_any_point_leaves_the_old_or_the_new(tmp_path):
         except OSError as error:
             errors.append((error.errno, str(error), str(folder)))
         outcomes.append(which(folder, models))
-        assert sorted(os.listdir(folder)) == [CONFIG, TENSORS], "what was written in vain is gone"
+        assert sorted(os.listdir(folder)) == [CONFIG, TENSORS], "a failed save left files behind"
     assert len(outcomes) > 15
     assert set(outcomes) == {0, 1}
     for number, text, path in errors:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others put on a backbone takes part: hooks, adapters, patches, before wrap and after it.
+"""Hooks, adapters and patches on a backbone take effect, whether added before or after wrap.
 
-Everything is held against `unshortened`: timm's blocks called as they are, with the formulas of the
+The tests compare with `unshortened`, which calls timm's own blocks and applies the formulas of the
 method between them, in float64.
 """
 
@@ -60,14 +60,14 @@ def wrapped(vit, config):
 
 
 def unshortened(vit, model, tuned, images):
-    """The method around timm's own blocks; q is divided by way of the scale of its attention."""
+    """Runs the method around timm's own blocks; the temperature goes into the attention's scale."""
     o, batch = model.options, len(images)
     x = vit._pos_embed(vit.patch_embed(images))
     x, rope = x if isinstance(x, tuple) else (x, None)
     x, first = vit.norm_pre(x), vit.num_prefix_tokens
-    at_start = o["prompt_position"] == "start"
+    at_start = o.prompt_position == "start"
     start, options = first if at_start else x.shape[1], {}
-    if rope is not None:  # [N, 2d]: sines and cosines; those of the prompts turn nothing
+    if rope is not None:  # [N, 2d]: sines and cosines; prompts are rotated by 0
         sin, cos = rope.new_zeros(P, rope.shape[1] // 2), rope.new_ones(P, rope.shape[1] // 2)
         still = torch.cat([sin, cos], dim=1)
         options = {"rope": torch.cat([still, rope] if at_start else [rope, still])}
@@ -77,30 +77,30 @@ def unshortened(vit, model, tuned, images):
         attn = getattr(block, "_orig_mod", block).attn
         attn = getattr(attn, "_orig_mod", attn)
         attn.fused_attn = False
-        if o["temperature"]:
+        if o.temperature:
             attn.scale = attn.head_dim**-0.5 / tuned[f"temperatures.{index}"]
         out, old = block(x, **options), x
         if "deep_prompts.tokens" in tuned and index < DEPTH - 1:
             old = tuned["deep_prompts.tokens"][index].expand(batch, -1, -1)
         if f"gates.{index}.logit" in tuned:
             gate = (tuned[f"gates.{index}.logit"],)
-            x = reference.prompt_gate(out, old, *gate, start, P, o["rule"])
+            x = reference.prompt_gate(out, old, *gate, start, P, o.rule)
         elif f"gates.{index}.weight" in tuned:
             gate = tuned[f"gates.{index}.weight"], tuned[f"gates.{index}.bias"]
-            x = reference.prompt_gate_linear(out, old, *gate, start, P, o["rule"])
+            x = reference.prompt_gate_linear(out, old, *gate, start, P, o.rule)
         elif old is not x:
             x = torch.cat([out[:, :start], old, out[:, start + P :]], 1)
         else:
             x = out
     rows = {
         "cls": slice(0, 1), "prompt+patch": slice(first, None), "prompt": slice(start, start + P),
-        "patch": slice(first + P, None),  # prompts at the start
-    }[o["pool"]]  # fmt: skip
+        "patch": slice(first + P, None),  # valid only with prompts at the start
+    }[o.pool]  # fmt: skip
     features = vit.fc_norm(vit.norm(x[:, rows].mean(1)))
     return F.linear(features, tuned["head.weight"], tuned["head.bias"])
 
 
-# ---- what is attached: function of a module, its parent and its name -> parameters of its own ----
+# ---- attachments: each function(module, parent, name) returns the parameters that it adds ----
 
 
 def learned(*size, around=0.0):
@@ -156,7 +156,7 @@ class Lora(nn.Module):
 
 def lora_by_module(module, parent, name):
     if name in ("attn", "block"):
-        return hook(module, parent, name)  # nobody replaces these
+        return hook(module, parent, name)  # users do not replace these
     lora = Lora(module, 3 * DIM if name == "qkv" else DIM)
     setattr(parent, name, lora)
     return [lora.a, lora.b]
@@ -209,7 +209,7 @@ def compiled_in_place(module, parent, name):
 
 
 def offloaded(module, parent, name):
-    """As accelerate does: parameters are there only while a module runs."""
+    """Offloads as accelerate does: parameters are present only while their module runs."""
     for part in module.modules():
         own = dict(part._parameters)
         if not any(p is not None for p in own.values()):
@@ -277,7 +277,7 @@ def attach(vit, attached, place, index):
 
 
 def results(run, images, leaves):
-    """Logits, in grad mode and out of it, and all gradients."""
+    """Returns the logits without and with grad mode, and all gradients."""
     with torch.no_grad():
         found = [run(images)]
     images = images.clone().requires_grad_()
@@ -294,7 +294,7 @@ def assert_same(got, wanted):
 
 
 def assert_unshortened(model, other, images):
-    """model is the method around the blocks of other."""
+    """Asserts that `model` equals the method around the blocks of `other`."""
     tuned = dict(model.tuned_parameters())
     copies = {n: p.detach().clone().requires_grad_() for n, p in tuned.items()}
     got = results(model, images, tuned.values())
@@ -308,7 +308,7 @@ def assert_takes_part(attached, place, when, config, index, kind=VisionTransform
     if when == "before":
         own = attach(vit, attached, place, index)
         model = wrapped(vit, config)
-        for parameter in own:  # wrap freezes what it finds
+        for parameter in own:  # wrap freezes them
             parameter.requires_grad_(True)
     else:
         model = wrapped(vit, config)
@@ -327,7 +327,7 @@ def assert_takes_part(attached, place, when, config, index, kind=VisionTransform
     )
     assert_same(got, wanted)
     if own:
-        assert wanted[3].abs().max() > 1e-6, "what is attached has no effect: the test is void"
+        assert wanted[3].abs().max() > 1e-6, "the attachment has no effect: the test is void"
     return model, got
 
 
@@ -343,7 +343,7 @@ def test_nothing_attached_is_the_unshortened_model(kind, config, monkeypatch):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("attached", ATTACHED)
 def test_what_is_attached_takes_part(attached, place, when):
-    if "compiled" in attached or "peft" in attached:  # slow: each config once
+    if "compiled" in attached or "peft" in attached:  # slow, so run each config once
         torch._dynamo.reset()
         cases = zip(CONFIGS, itertools.cycle(range(DEPTH)), strict=False)
     else:
@@ -374,7 +374,8 @@ def test_a_copy_and_an_unwrapped_model_keep_what_was_attached(attached, when):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_hooks_of_the_backbone_and_of_its_sequence_of_blocks_run(config, when):
-    """They see images and pooled features, the tokens with prompts and those after the blocks."""
+    """The backbone's hooks see images and pooled features; the hooks of `blocks` see all tokens
+    before the blocks, and the remaining rows after them."""
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     seen = {}
 
@@ -407,7 +408,7 @@ def test_hooks_of_the_backbone_and_of_its_sequence_of_blocks_run(config, when):
     wanted = results(lambda x: unshortened(other, model, halved, 1.5 * x), images, copies.values())
     assert_same(got, wanted)
     rows = 5 + P
-    if model.options["last_block"] == "pooled-rows":
+    if model.options.last_block == "pooled-rows":
         rows = {"cls": 1, "prompt": P, "patch": 4}[model.pool]
     assert seen == {
         "vit": images.shape, "vit out": (2, DIM),
@@ -433,7 +434,7 @@ def test_a_hook_of_the_blocks_that_changes_their_input_gets_the_whole_gradient()
     )
 
 
-# ---- short cuts ----
+# ---- shortcuts ----
 
 
 @pytest.mark.parametrize("off", ["folded_layers", "pools_rows", "recomputes", "is_restated"])
@@ -454,7 +455,7 @@ def test_a_short_cut_that_is_switched_off_changes_nothing_but_the_cost(config, o
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * max(1.0, b.abs().max().item()))
     is_taken = {
         "folded_layers": True, "is_restated": True, "recomputes": config == "memory low",
-        "pools_rows": model.options["last_block"] == "pooled-rows",
+        "pools_rows": model.options.last_block == "pooled-rows",
     }  # fmt: skip
     assert taken == [is_taken[off], False]
 
@@ -512,7 +513,7 @@ def test_outputs_of_blocks_that_a_hook_keeps_stay_as_they_are(config):
     assert len(kept) == 2 * DEPTH
 
 
-# ---- modules that are exchanged, shared, copied, patched ----
+# ---- modules that are replaced, shared, copied, patched ----
 
 
 def copied_blocks(vit):
@@ -666,7 +667,7 @@ def test_adapters_are_in_the_mode_of_what_is_tuned():
 
 
 def test_statistics_that_a_second_run_would_change_are_not_run_twice():
-    """spectral_norm's power iteration, in a tuned block with memory="low"."""
+    """Tests the power iteration of spectral_norm, in a tuned block with memory="low"."""
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     found = []
     for memory in ("default", "low"):
@@ -714,10 +715,10 @@ def test_options_that_cannot_be_had_say_so():
 
     vit = make_vit()
     vit.blocks[0] = Mine(vit.blocks[0])
-    assert wrapped(vit, "vpt-shallow").options["last_block"] == "pooled-rows"
+    assert wrapped(vit, "vpt-shallow").options.last_block == "pooled-rows"
     vit = make_vit()
     vit.blocks[2] = Mine(vit.blocks[2])
-    assert gp.wrap(vit, num_prompts=P).options["last_block"] == "all-rows"
+    assert gp.wrap(vit, num_prompts=P).options.last_block == "all-rows"
     with pytest.raises(TypeError, match=r"memory='low' .* memory='default' and last_block='all"):
         gp.wrap(gp.unwrap(vit), memory="low")
     with pytest.raises(TypeError, match=r"got a compiled one; wrap vit._orig_mod"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in the layouts that people have: all of a file arrives, or the model stays as it was."""
+"""Checkpoint files in common layouts: every tensor arrives, or the model stays unchanged."""
 
 import argparse
 import collections
@@ -31,7 +31,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from gated_prompt.vit import backbones, checkpoint_file
+from gated_prompt.vit import checkpoint_file, layouts
 from gated_prompt.vit.backbones import LoadReport, create_backbone, load_backbone
 from gated_prompt.vit.checkpoint_file import CheckpointError, read_checkpoint
 from gated_prompt.vit.official import load_official
@@ -43,7 +43,7 @@ PATCH14 = {"img_size": 28, "patch_size": 14, "init_values": 1e-5}
 
 
 def randomised(model, seed=1):
-    """Every parameter its own random values, so that a swap or an omission shows."""
+    """Gives every parameter its own random values, so that a swap or an omission shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +57,7 @@ def vit(seed=1, **changes):
 
 
 def fixed_positions(kind, side, width=WIDTH):
-    """Of MoCo v3 or of MAE, number by number; the class token's row is zero."""
+    """The fixed position embeddings of MoCo v3 or MAE, one by one; the class token's are 0."""
     rows = [[0.0] * width]
     for row in range(side):
         for column in range(side):
@@ -89,7 +89,7 @@ def eva(seed=1, **changes):
 
 
 def flat(model, head=False):
-    """The model's tensors in timm's names, as a file holds them: copies."""
+    """Returns copies of the model's tensors under timm's names, as a file has them."""
     state = model.state_dict()
     return {n: t.clone() for n, t in state.items() if head or not n.startswith("head.")}
 
@@ -105,7 +105,7 @@ def renamed(tensors, *pairs):
 
 
 def training(**entries):
-    """Beside the tensors, what a training job saves."""
+    """Returns a training job's file: `entries`, and what such a job saves with them."""
     parameter = nn.Parameter(torch.randn(3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()
@@ -118,7 +118,7 @@ def training(**entries):
 
 
 def moco(base, momentum, projector=True):
-    """MoCo v3's: two encoders, each with a three-layer projector for a head, and a predictor."""
+    """A MoCo v3 file: two encoders with a three-layer projector each as head, and a predictor."""
     state = {}
     for which, model in (("base", base), ("momentum", momentum)):
         if model is not None:
@@ -129,7 +129,7 @@ def moco(base, momentum, projector=True):
     return training(state_dict=state)
 
 
-FINETUNING = argparse.Namespace(  # of MAE's script, some of it
+FINETUNING = argparse.Namespace(  # some arguments of MAE's script
     nb_classes=3, drop_path=0.1, global_pool=True, blr=5e-4, finetune="mae_pretrain_vit_base.pth"
 )
 DECODER = {
@@ -146,7 +146,7 @@ NO_CLASS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
 def ijepa(encoder, target):
-    """I-JEPA's: with MAE's positions, but of patches alone."""
+    """An I-JEPA file: MAE's position embeddings, but only for patches."""
     for model in (encoder, target):
         model.pos_embed.data = fixed_positions("MAE", 4)[:, 1:]
     predictor = {"module.predictor_blocks.0.norm1.bias": torch.ones(8)}
@@ -164,7 +164,7 @@ def dino(student, teacher):
 
 
 def with_registers(model):
-    """DINOv2's names of a timm model with registers: a position for the class token again."""
+    """Returns a timm model with registers under DINOv2's names, with the class token's position."""
     tensors = renamed(flat(model), ("^reg_token$", "register_tokens"))
     row = torch.randn(1, 1, WIDTH)
     tensors["cls_token"] = tensors["cls_token"] - row
@@ -173,7 +173,7 @@ def with_registers(model):
 
 
 def chunked(tensors):
-    """Two blocks a chunk, with their number in the whole model."""
+    """Puts two blocks in a chunk; a block keeps its number in the whole model."""
     return renamed(
         tensors, (r"^blocks\.([01])\.", r"blocks.0.\1."), (r"^blocks\.([23])\.", r"blocks.1.\1.")
     )
@@ -211,8 +211,8 @@ def dinov3(model):
     return tensors | {"rope_embed.periods": torch.ones(4)} | MASK
 
 
-# name: (the model that the file is of, the file, which, words, source, number left out)
-OTHER = 7  # a seed
+# name: (constructor, its options, file of the model, which, words, source, tensors dropped)
+OTHER = 7  # the seed of another model
 LAYOUTS = {
     "MAE": (
         mae_vit, {}, lambda m: training(model=flat(m)), None, "MAE, encoder", "mae", 0,
@@ -408,14 +408,14 @@ WARNED = {
 def case(name, seed=1):
     make, options, file_of, which, words, source, dropped = LAYOUTS[name]
     origin = make(seed, **options)
-    target = make(99, **options)  # of as many classes, so that the file's classifier would fit
-    if target.pos_embed is not None:  # those that are fixed must arrive, too
+    target = make(99, **options)  # as many classes: the file's classifier would fit
+    if target.pos_embed is not None:  # fixed embeddings must arrive too
         target.pos_embed.data = torch.randn(target.pos_embed.shape)
     return origin, target, file_of(origin), which, words, source, dropped
 
 
 def assert_same(target, origin, but=()):
-    """Every backbone tensor, and what the models compute."""
+    """Asserts that all backbone tensors except `but`, and the models' features, are the same."""
     wanted = flat(origin)
     for name, tensor in flat(target).items():
         if name not in but:
@@ -445,7 +445,7 @@ def test_every_tensor_of_a_layout_arrives(name, how, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             report = load_backbone(target, file if how == "dict" else path, which=which)
-    but = ("cls_token",) if name == "DINOv2 registers" else ()  # a sum that rounds
+    but = ("cls_token",) if name == "DINOv2 registers" else ()  # a sum, which is rounded
     assert_same(target, origin, but)
     total = len(flat(origin))
     assert (report.layout, report.loaded, report.total) == (words, total, total)
@@ -502,7 +502,7 @@ def resampled(positions, old, new):
 def test_position_embeddings_are_resampled(name, size):
     origin, _, file, which, *_ = case(name)
     target = vit(99, img_size=size)
-    if name in ("timm", "OpenCLIP trunk"):  # timm asks this for the size of the file's images
+    if name in ("timm", "OpenCLIP trunk"):  # timm reads the file's image size here
         target.pretrained_cfg = {"input_size": (3, 32, 32)}
     report = load_backbone(target, file, which=which)
     new = target.patch_embed.grid_size
@@ -590,7 +590,7 @@ def test_float16_files_and_other_dtypes_are_converted():
 
 
 def refuses(model, source, pattern, error=CheckpointError, **options):
-    """The error, and a model that is as it was."""
+    """Asserts the error and an unchanged model; returns the message."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     load = load_official if isinstance(model, gp.GatedPromptViT) else load_backbone
     with pytest.raises(error, match=pattern) as caught:
@@ -608,7 +608,7 @@ def without(tensors, *names):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_refused(name):
     _, target, file, which, *_ = case(name)
-    encoder, *_ = backbones._recognise(file, which)
+    encoder, *_ = layouts.recognise(file, which)
     entry = file[encoder.entry] if encoder.entry else file
     pattern = re.escape(encoder.prefix) + r".*(mlp\.fc1|c_fc|w12)\.bias"
     name = next(name for name in entry if re.fullmatch(pattern, name))
@@ -641,7 +641,7 @@ def test_two_tensors_for_one_place_are_refused():
     refuses(vit(), file, r"1 unexpected \('module.backbone.norm.bias'\)")
     file = {"teacher": under("backbone.", chunked(flat(vit(**PATCH14)) | MASK))}
     file["teacher"]["backbone.blocks.1.1.norm1.bias"] = torch.ones(WIDTH)
-    refuses(vit(**PATCH14), file, "two chunks of the file hold one block")
+    refuses(vit(**PATCH14), file, "two chunks of the file contain the same block")
 
 
 @pytest.mark.parametrize("shape", [(1, 12, WIDTH), (1, 1, WIDTH), (17, WIDTH), (2, 17, WIDTH)])
@@ -848,7 +848,7 @@ def test_other_channels_are_refused(file, model):
     ids=str,
 )  # fmt: skip
 def test_unknown_layouts_are_refused_with_their_keys(file):
-    got = refuses(vit(99), file, "no known layout has the file's . keys")
+    got = refuses(vit(99), file, "the file's . keys fit no known layout")
     assert "\x1b" not in got
 
 
@@ -868,7 +868,7 @@ def test_models_that_cannot_be_loaded_into():
 def test_dinov3_bias_that_the_model_has_not_must_be_zero():
     file = dinov3(eva(**DINOV3))
     file["blocks.1.attn.qkv.bias"][2] = 1.0
-    refuses(eva(99, **DINOV3), file, "qkv.bias' is not zero and the model has none: .*_qkvb")
+    refuses(eva(99, **DINOV3), file, "qkv.bias' is not zero, but the model has no .*_qkvb")
     biased = {**DINOV3, "qkv_bias": True}
     target = eva(99, **biased)
     load_backbone(target, file)
@@ -893,7 +893,7 @@ def test_missing_files_directories_and_rights(tmp_path):
     locked.chmod(0)
     user = os.geteuid()
     try:
-        if user == 0:  # who may read every file
+        if user == 0:  # root can read every file
             os.seteuid(65534)
         with pytest.raises(PermissionError, match=r"locked.pth"):
             read_checkpoint(locked)
@@ -952,7 +952,7 @@ def test_flipped_bytes_never_escape_as_other_errors(tmp_path):
 
 
 class Call:
-    """Pickles as a call."""
+    """Pickles as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -970,7 +970,7 @@ class State:
 
 
 def text(module, name, argument, opcode="R"):
-    """A pickle by hand, with a call in an old opcode."""
+    """Returns a hand-written pickle that makes a call by the given opcode."""
     argument = pickle.dumps(argument, 0)[:-1]
     module, name = module.encode(), name.encode()
     if opcode == "i":
@@ -1073,7 +1073,7 @@ def test_pickles_that_reserve_memory_are_refused(kind, form, tmp_path):
 
 
 def storage(elements, shape=(2,), stride=(1,), end=b""):
-    """The pickle of {"a": a tensor}, as torch.save writes it, with sizes of our choice."""
+    """Returns the pickle of {"a": a tensor} as torch.save writes it, with the given sizes."""
 
     def number(value):
         return b"\x8a\x08" + struct.pack("<q", value)
@@ -1094,7 +1094,7 @@ def test_sizes_that_the_file_cannot_hold_are_refused(tmp_path):
     path = tmp_path / "f.pth"
     data = ("data/0", struct.pack("<2f", 1, 2))
     as_zip(path, storage(2), [data])
-    assert read_checkpoint(path)["a"].tolist() == [1, 2]  # the file by hand is a good one
+    assert read_checkpoint(path)["a"].tolist() == [1, 2]  # the hand-written file is valid
     for elements, shape, stride, pattern in (
         (10**12, (2,), (1,), "declares 1000000000000 elements, the file has"),
         (10**12, (10**12,), (1,), "declares 1000000000000 elements, the file has"),
@@ -1114,7 +1114,7 @@ def test_sizes_that_the_file_cannot_hold_are_refused(tmp_path):
         (b"h\x02", b"N"), (big, b"K\x05"), (big + b"K\x050", b"N"), (big, b"N0N"), (big, b""),
         (b"K\x05(" + big + b"l0" + big, b"N"), (b"", b"h\x00N"), (b"J\xff\xff\xff\xff", b"N"),
     ):  # fmt: skip
-        # the number that torch would use stands elsewhere than in torch.save's own files
+        # the count that torch would use is not where torch.save writes it
         as_legacy(path, storage(elements, end=end))
         with pytest.raises(CheckpointError, match=r"not named as torch.save|declares 10000000"):
             read_checkpoint(path)
@@ -1127,7 +1127,7 @@ def test_zip_bombs_are_refused_by_their_directory(tmp_path):
         read_checkpoint(path)
     as_zip(path, storage(2), [("data/0", bytes(8))])
     content = path.read_bytes()
-    entry = content.rindex(b"PK\x01\x02")  # the last of the directory: data/0
+    entry = content.rindex(b"PK\x01\x02")  # the last directory entry: data/0
     huge = struct.pack("<II", 2**31, 2**31)
     path.write_bytes(content[: entry + 20] + huge + content[entry + 28 :])
     with pytest.raises(CheckpointError, match=r"its records declare 2147.* bytes, the file has"):
@@ -1135,7 +1135,7 @@ def test_zip_bombs_are_refused_by_their_directory(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         as_zip(path, storage(2), [("data/0", bytes(8)), ("DATA.PKL", BOMBS["bytearray"])])
-    with pytest.raises(CheckpointError, match="two of its records have one name"):
+    with pytest.raises(CheckpointError, match="two of its records have the same name"):
         read_checkpoint(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "x")
@@ -1229,7 +1229,7 @@ def test_a_flipped_bit_is_seen_with_the_digest(tmp_path):
     damaged = bytearray(content)
     damaged[len(content) // 2] ^= 1
     path.write_bytes(damaged)
-    load_backbone(vit(99), path)  # unseen without it, which is why there is the option
+    load_backbone(vit(99), path)  # not noticed without expect_sha256
     refuses(vit(99), path, f"SHA-256 must be {digest}, got [0-9a-f]+", expect_sha256=digest)
     refuses(vit(99), flat(vit()), "needs a path, got a dict", ValueError, expect_sha256=digest)
     with pytest.raises(ValueError, match="expect_sha256 must be 64 hexadecimal digits, got 'abc'"):
@@ -1289,7 +1289,7 @@ def wrapped(seed=99, method="gpt", **options):
 
 
 def official(model, prefix="enc.", backbone=True):
-    """The keys of the original project of a model of ours."""
+    """Returns our model's tensors under the keys of the original project."""
     file = {f"{prefix}prompt_embeddings": model.prompts.tokens[None]}
     if model.gates:
         file[f"{prefix}gate_logit"] = torch.stack([gate.logit for gate in model.gates]).flatten()
@@ -1331,8 +1331,8 @@ def test_a_tuned_checkpoint_of_the_original_arrives(prefix, entry, tmp_path):
     assert_same_model(model, origin)
     assert str(report) == (
         "tuned checkpoint of the original project: 35 of 35 tensors, 0 unexpected; no "
-        "deep_prompt_embeddings, and the model has none; 30 backbone tensors, 30 of them new to "
-        "the model"
+        "deep_prompt_embeddings, and the model has none; 30 backbone tensors, 30 of them different "
+        "from the model's"
     )
 
 
@@ -1352,15 +1352,11 @@ def test_the_backbone_of_a_tuned_checkpoint_may_be_absent_or_known():
     assert "no backbone in the file; the model's is kept" in report.notes
     assert_same_model(model, origin, backbone=False)
     report = load_official(wrapped(1), official(origin))
-    assert "30 backbone tensors, 0 of them new to the model" in report.notes
+    assert "30 backbone tensors, 0 of them different from the model's" in report.notes
 
 
 def test_deep_prompts_of_the_original_arrive():
-    try:
-        origin = wrapped(1, "vpt-deep")
-    except ValueError:
-        pytest.skip("wrap has no method 'vpt-deep' yet")
-    model = wrapped(99, "vpt-deep")
+    origin, model = wrapped(1, "vpt-deep"), wrapped(99, "vpt-deep")
     file = official(origin) | {"enc.temp": torch.ones(2), "enc.gate_logit": torch.ones(1)}
     report = load_official(model, file)
     assert_same_model(model, origin)
@@ -1402,7 +1398,7 @@ def shaped(key, *shape):
         (shaped("enc.norm.bias", 7), r"norm.bias must be \[16\], got \[7\]"),
         (shaped("enc.blocks.2.norm1.bias", 7), r"backbone: .* 1 unexpected \('blocks.2.norm1"),
         (shaped("head.projection.0.bias", 7), r"1 unexpected \('head.projection.0.bias'\)"),
-        (shaped("prompt_embeddings", 1, 3, WIDTH), "not names and tensors of one model"),
+        (shaped("prompt_embeddings", 1, 3, WIDTH), "must contain only the tensors of one model"),
         (lambda f: without(f, "enc.gate_logit"), r"gate_logit is missing .* \[1\] \(.*save_prompt"),
         (lambda f: without(f, "enc.temp"), r"temp is missing and the model needs \[2\]"),
         (lambda f: without(f, "enc.prompt_embeddings"), r"prompt_embeddings is missing"),
@@ -1410,7 +1406,7 @@ def shaped(key, *shape):
         (lambda f: without(f, "enc.blocks.0.attn.qkv.bias"), r"1 of 30 tensors missing"),
         (lambda f: f | {"enc.temp": torch.full((2,), float("nan"))}, r"temp\[0\] must be finite"),
         (lambda f: {"shallow_prompt": torch.ones(1)}, "neither prompt_embeddings nor head"),
-        (lambda f: f | {"epoch": 3}, "not names and tensors of one model"),
+        (lambda f: f | {"epoch": 3}, "must contain only the tensors of one model"),
     ],
 )  # fmt: skip
 def test_a_tuned_checkpoint_that_differs_is_refused_whole(change, pattern):

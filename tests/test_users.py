@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users do with a wrapped model beside training it: count, trace, average, save, copy."""
+"""What users do with a wrapped model besides training it: count, trace, average, save, copy."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ def images(batch=2, **options):
     return torch.randn(batch, 3, 40, 24, **{"dtype": torch.float64, **options})
 
 
-# ---- what looks at each call, or at none ----
+# ---- traces, vmap, FLOP counts, empty batches, export, second derivatives ----
 
 
 @pytest.mark.parametrize("method", PROMPTED)
@@ -37,9 +37,9 @@ def images(batch=2, **options):
 def test_jit_and_symbolic_traces_have_gates_and_temperatures(vit, method):
     model = make_case(vit, {"method": method}).eval()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python values that a trace makes constants
+        warnings.simplefilter("ignore")  # a trace makes constants of Python values
         traced = [torch.jit.trace(model, images())]
-        if vit == "MAE-style":  # timm's rotary embedding reads the shape of the images
+        if vit == "MAE-style":  # the other one's rotary embedding needs a real image size
             traced.append(torch.fx.symbolic_trace(model))
         x = images() + 1
         for each in traced:
@@ -55,7 +55,7 @@ def test_a_trace_is_the_same_with_gradients_and_without(method):
     model = make_case("MAE-style", {"method": method}).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, images())  # it traces again without gradients, and compares
+        traced = torch.jit.trace(model, images())  # traces again, without gradients, and compares
     torch.testing.assert_close(traced(images() + 1), model(images() + 1))
 
 
@@ -104,7 +104,7 @@ def test_flop_are_counted_without_gradients(method):
 @pytest.mark.parametrize("make", [small_vit, small_eva])
 def test_an_empty_batch_has_empty_results_and_zero_gradients(make, method):
     if method == "linear" and make is small_eva:
-        pytest.skip("timm's own attention of Eva can't")
+        pytest.skip("timm's Eva attention does not take an empty batch")
     model = gp.wrap(make(), method, num_prompts=4)
     logits = model(images(0))
     assert logits.shape == (0, 5)
@@ -125,7 +125,7 @@ def test_a_second_derivative_says_what_has_one():
     model = make_case("MAE-style", {"method": "gpt", "attention": "math"})
     x = images().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"use torch.func .*, which also serves what wrap"):
+    with pytest.raises(RuntimeError, match=r"use torch.func .*, which also works with a model"):
         gradient.square().sum().backward()
     found = torch.func.grad(lambda x: torch.func.grad(lambda y: model(y).sum())(x).square().sum())
     assert found(x.detach()).abs().max() > 0
@@ -143,7 +143,7 @@ def test_there_is_no_state_but_parameters(method):
         average.update_parameters(model)
     x = images()
     torch.testing.assert_close(average.eval()(x), model.eval()(x))
-    other = gp.wrap(small_vit(), **model.options).to("meta").to_empty(device="cpu").eval()
+    other = gp.wrap(small_vit(), **vars(model.options)).to("meta").to_empty(device="cpu").eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
 
@@ -207,7 +207,7 @@ def test_gates_and_temperatures_do_not_decay():
     assert groups == {"prompts": 0.01, "gates": 0.0, "temperatures": 0.0, "head": 0.01}
 
 
-# ---- what the backbone knows ----
+# ---- the backbone's attributes and methods ----
 
 
 def test_the_backbones_own_is_passed_on():
@@ -239,7 +239,7 @@ def test_intermediates_are_what_follows_the_blocks(make, method, position):
     patches, prefix = found[-1]
     assert torch.equal(prefix, final[:, :first])
     assert torch.equal(patches, final[:, first : first + 15])
-    if method == "linear":  # timm's own
+    if method == "linear":  # equals timm's own method
         wanted = model.backbone.forward_intermediates(x, intermediates_only=True, norm=True)
         got = model.forward_intermediates(x, intermediates_only=True, norm=True)
         for a, b in zip(got, wanted, strict=True):
@@ -251,7 +251,7 @@ def test_intermediates_are_what_follows_the_blocks(make, method, position):
     one = model.forward_intermediates(x, [1], stop_early=True, output_fmt="NLC")[1]
     assert len(inputs) == 2, "the last block must not run"
     model(x)
-    kept.append(inputs[-1][:, first : first + 15])  # what enters the last block follows block 1
+    kept.append(inputs[-1][:, first : first + 15])  # input of the last block: output of block 1
     torch.testing.assert_close(one[0], kept[0])
     last_two = model.get_intermediate_layers(x, 2)
     assert [t.shape[1] for t in last_two] == [15, 15]
@@ -294,7 +294,7 @@ def test_methods_of_the_backbone_that_would_not_run_are_refused(name):
             model(images())
 
 
-# ---- names and objects that change ----
+# ---- copies, and parts that were replaced after wrap ----
 
 
 def test_a_copy_of_a_wrapped_backbone_and_a_lost_one_can_be_wrapped():
@@ -306,7 +306,7 @@ def test_a_copy_of_a_wrapped_backbone_and_a_lost_one_can_be_wrapped():
         gp.wrap(vit)
     other = gp.wrap(teacher, "linear")
     assert torch.equal(gp.unwrap(other)(images()), wanted)
-    del model  # as in a notebook
+    del model  # as a notebook cell that runs again does
     model = gp.wrap(vit, "gpt", num_prompts=2)
     assert torch.equal(gp.unwrap(vit)(images()), wanted)
     assert all(p.requires_grad for p in vit.parameters())
@@ -420,7 +420,7 @@ def test_an_empty_data_set_has_no_accuracy():
 
 
 def test_quantised_weights_have_a_digest(tmp_path):
-    """Of a tensor that is made of others, as torchao's are."""
+    """The quantised weight is a tensor that wraps other tensors, as torchao's weights do."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     def make(number):
@@ -437,7 +437,7 @@ def test_quantised_weights_have_a_digest(tmp_path):
 
 
 def test_a_step_of_a_model_with_everything_attached_lowers_the_loss():
-    """SSF by hooks, LoRA by hand and a second head, one optimiser for all."""
+    """SSF and LoRA, both by hooks, and one optimiser for everything."""
     vit = small_vit().float()
     model = gp.wrap(vit, "gpt", num_prompts=4, prompt_dropout=0.0)
     model.scale = nn.Parameter(torch.ones(36))

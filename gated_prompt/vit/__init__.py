@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the extra `vit` brings: prompts and gates in timm's Vision Transformers."""
+"""Prompts and gates in timm's Vision Transformers; needs the extra `vit`."""
 
 try:
     import timm  # noqa: F401

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The temperatures of a ViT: where timm's attention gets them, and how they fold into frozen
-weights."""
+"""The temperatures of a ViT: how they get into timm's attention, and how they are folded into
+frozen weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gated_prompt.temperature import (
     tempered,
 )
 
-torch.fx.wrap("tempered")  # a symbolic trace keeps calls of it as they are
+torch.fx.wrap("tempered")  # a symbolic trace records the call and does not trace into it
 
 
 class Temperatures(nn.Module):
-    """One learnable temperature [1] for each of `count` blocks, float32; "0", "1", ... are their
-    names."""
+    """One learnable temperature [1] for each of `count` blocks, float32. The parameters are named
+    "0", "1", ..."""
 
     def __init__(self, count: int, device: torch.device):
         super().__init__()
@@ -40,26 +40,26 @@ class Temperatures(nn.Module):
         return list(self.parameters())[index]
 
     def forward(self, index: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(temperature `index`). A call of the module that has it: what shards or offloads
-        parameters brings them in at such calls."""
+        """function(temperature `index`). This is a call of the module that owns the parameter,
+        because tools that shard or offload parameters bring them in at such calls."""
         return function(getattr(self, str(index)))
 
 
 class Tempering(nn.Module):
-    """Divides the queries of a block's attention by a temperature, where timm's code makes them.
+    """Divides the queries of a block's attention by a temperature, where timm's code computes them.
 
-    It takes the place of `attn.q_norm`, which all of timm's attentions call, and calls it. (A hook
-    would do in eager mode; torch.compile does not look whether a module that it has compiled has
-    hooks, but it sees another module.) A forward that somebody has put on the instance of the
-    attention may leave q_norm out; there the projection is hooked.
+    This module replaces `attn.q_norm`, which all of timm's attentions call, and calls the original.
+    (A hook would work in eager mode. But torch.compile does not check whether a module that it has
+    compiled got hooks; it does notice a replaced module.) A forward that somebody put on the
+    attention instance may not call q_norm; then the projection gets a hook that divides.
 
     Attributes:
-        norm: The q_norm whose place it has.
+        norm: The original q_norm.
     """
 
     def __init__(self, attn: nn.Module, temperatures: Temperatures | float, index: int):
         super().__init__()
-        # no children of this module
+        # not setattr, which would register the modules as children of this one
         vars(self).update(attn=None, temperatures=temperatures, index=index)
         self.norm = None
         self.follow(attn, temperatures)
@@ -71,8 +71,8 @@ class Tempering(nn.Module):
         return self.temperatures(self.index, function)
 
     def follow(self, attn: nn.Module | None, temperatures: Temperatures | float) -> None:
-        """Goes where the queries of the block are made now: modules may have been replaced, and one
-        attention may serve two blocks."""
+        """Moves to the attention that computes the block's queries now: modules may have been
+        replaced, and two blocks may share one attention."""
         if not hasattr(attn, "q_norm"):
             raise RuntimeError(
                 f"GatedPromptViT: block {self.index} must have an `attn` with a `q_norm`, as "
@@ -111,14 +111,15 @@ class Tempering(nn.Module):
 
     def after_projection(self, module: nn.Module, args, out: Tensor) -> Tensor | None:
         if module is not _calls_projection_alone(self.attn):
-            return None  # what called it alone was taken off
+            return None  # the patched forward was removed; q_norm divides again
         if module is not self.attn.qkv:
             return self.divided(out)
         size = out.shape[-1] // 3
         return torch.cat([self.divided(out[..., :size]), out[..., size:]], dim=-1)
 
     def leave(self) -> None:
-        """Gives its place back, if it has one, with the hooks that others have put on it."""
+        """Puts the original q_norm back, with the hooks that others have put on this module. Does
+        nothing if this module is not in place."""
         if self.attn is None or self.attn.q_norm is not self:
             return
         self.attn.q_norm = self.norm
@@ -139,20 +140,20 @@ _HOOKS = (
 
 
 def original_norm(norm: nn.Module) -> nn.Module:
-    """A q_norm without temperings, such as a copy of an attention brings along."""
+    """The q_norm inside any Temperings. A copied attention has a copied Tempering as its q_norm."""
     while isinstance(norm, Tempering):
         norm = norm.norm
     return norm
 
 
 def _calls_projection_alone(attn: nn.Module) -> nn.Module | None:
-    """What projects queries, if the attention may not call q_norm, and need not: its forward is the
-    instance's own."""
+    """The module that projects the queries, if the attention instance has its own forward, which
+    need not call an Identity q_norm. None if q_norm divides, or if the biases are separate."""
     if "forward" not in vars(attn) or not isinstance(original_norm(attn.q_norm), nn.Identity):
         return None
     if attn.qkv is None:
         return attn.q_proj
-    # with biases of its own, timm's Eva does not call qkv but reads its weight
+    # with separate biases, timm's EvaAttention may read qkv.weight instead of calling qkv
     return attn.qkv if getattr(attn, "q_bias", None) is None else None
 
 
@@ -160,8 +161,8 @@ def _calls_projection_alone(attn: nn.Module) -> nn.Module | None:
 
 
 def _folded(weight, bias, temperature, rows, dtype):
-    """weight and bias in dtype, their first `rows` rows divided by the clamped temperature, and
-    that; each element is rounded once."""
+    """Returns weight and bias in dtype, with the first `rows` rows divided by the clamped
+    temperature, and the clamped temperature. Each element is rounded once."""
     if not isinstance(temperature, Tensor) and temperature == 1:
         return weight.to(dtype), None if bias is None else bias.to(dtype), 1.0
     if _has_kernel(weight, bias, temperature, dtype):
@@ -179,7 +180,7 @@ def _folded(weight, bias, temperature, rows, dtype):
 
 
 def _has_kernel(weight, bias, temperature, dtype) -> bool:
-    """Whether `divide_rows` serves; compilers fuse the same in aten."""
+    """True if `divide_rows` supports these inputs. False for compilers, which fuse the aten ops."""
     if torch.compiler.is_compiling() or not isinstance(temperature, Tensor):
         return False
     is_known = dtype == weight.dtype or (weight.dtype == torch.float32 and dtype.itemsize == 2)
@@ -192,11 +193,12 @@ def _has_kernel(weight, bias, temperature, dtype) -> bool:
 
 
 class FrozenProjection(torch.autograd.Function):
-    """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one; the first divided by tau.
+    """x [B, N, C] -> `parts` tensors [B, N, H, d], views of one tensor; the first divided by tau.
 
-    weight [parts*H*d, C] and bias are frozen, and the temperature costs a pass over them, not over
-    q. x is not saved, nor the divided weight. In backward each part's gradient meets its rows of
-    the weight where it lies: unbind's backward would stack the three first.
+    weight [parts*H*d, C] and bias are frozen, so the division is a pass over them, not over q.
+    Neither x nor the divided weight is saved for backward. Backward multiplies the gradients of the
+    parts with their weight rows one at a time; the backward of unbind would first stack them into
+    one [B, N, parts*H*d] tensor.
     """
 
     @staticmethod
@@ -205,7 +207,7 @@ class FrozenProjection(torch.autograd.Function):
         if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         folded, bias, tau = _folded(weight, bias, temperature, weight.shape[0] // parts, dtype)
-        out = F.linear(x.to(dtype), folded, bias)  # autocast, too, would cast to dtype
+        out = F.linear(x.to(dtype), folded, bias)  # the same cast as autocast's
         heads = weight.shape[0] // (parts * head_dim)
         outputs = out.view(*out.shape[:2], parts, heads, head_dim).unbind(2)
         is_learned = isinstance(temperature, Tensor)
@@ -221,7 +223,7 @@ class FrozenProjection(torch.autograd.Function):
         tau, grad_temperature, grad_x = ctx.tau, None, None
         if saved:
             temperature, tau, q = saved
-            if torch.is_grad_enabled():  # a graph for second derivatives
+            if torch.is_grad_enabled():  # backward itself is differentiated
                 tau = clamp_straight_through(temperature)
             if ctx.needs_input_grad[3] and grads[0] is not None:
                 grad_temperature = temperature_gradient(q, grads[0], tau, temperature)
@@ -232,7 +234,8 @@ class FrozenProjection(torch.autograd.Function):
 
 
 def _project_back(grads, weight, tau):
-    """sum over the parts of grad [B, N, H, d] @ rows of weight, the first ones divided by tau."""
+    """Sum over the parts of grad [B, N, H, d] @ the part's rows of weight; the rows of the first
+    part are divided by tau."""
     rows, dtype = weight.shape[0] // len(grads), next(g.dtype for g in grads if g is not None)
     first, is_float = weight[:rows], isinstance(tau, float)
     if grads[0] is None or (is_float and tau == 1):
@@ -241,7 +244,7 @@ def _project_back(grads, weight, tau):
         first = first / tau
     elif weight.dtype == dtype:
         first = _folded(first, None, tau, rows, dtype)[0]
-    else:  # all rows are to be cast: at once
+    else:  # all rows need a cast: divide and cast in one pass
         weight = _folded(weight, None, tau, rows, dtype)[0]
         first = weight[:rows]
     total = flat = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones from checkpoint files, by a table of key layouts.
+"""Loads backbones from checkpoint files.
 
-Every layout that is read stands in `LAYOUTS`. A file is loaded completely or not at all: what is
-left out of it is a known part (a decoder, a projector, a classifier) or stands outside the prefix
-of the ViT's names, and is named in the report.
+A backbone is loaded completely or not at all. The loader leaves out only known other parts (a
+decoder, a projector, a classifier) and names without the prefix of the ViT's names; the report
+lists them. The layouts of files are in layouts.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import timm
@@ -25,320 +25,24 @@ from timm.models import adapt_input_conv, eva, vision_transformer
 from torch import Tensor, nn
 
 from gated_prompt.vit.checkpoint_file import CheckpointError, first_names, read_checkpoint
+from gated_prompt.vit.layouts import MASKED_PARTS, by_timm, recognise
 from gated_prompt.vit.model import GatedPromptViT
 from gated_prompt.vit.wrapping import is_wrapped
 
 _log = logging.getLogger(__name__)
 
 
-def _by_timm(tensors: dict, vit: nn.Module, notes: list) -> dict:
-    """The converter of the model's family in timm, told which tensors it resampled."""
-    if isinstance(vit, eva.Eva):
-        no_bias = not any(name.endswith("attn.q_bias") for name in vit.state_dict())
-        for name in [n for n in tensors if "storage_tokens" in tensors and n.endswith("qkv.bias")]:
-            if no_bias and tensors.pop(name).any():
-                raise CheckpointError(
-                    f"load_backbone: {name!r} is not zero and the model has none: build timm's "
-                    "model of this size with '_qkvb' in its name"
-                )
-        convert, options = eva.checkpoint_filter_fn, {}
-    else:
-        convert, options = vision_transformer.checkpoint_filter_fn, {"adapt_layer_scale": True}
-    try:
-        converted = convert(dict(tensors), vit, **options)
-    except Exception as error:
-        raise CheckpointError(
-            f"load_backbone: timm can't convert the file for {type(vit).__name__}: {error}"
-        ) from error
-    for words, new, pattern in (
-        ("position embeddings", "pos_embed", r".*(pos_embed|positional_embedding)"),
-        ("patch embedding", "patch_embed.proj.weight", r".*(conv1|patch_embed\.proj)\.weight"),
-    ):
-        old = [value for name, value in tensors.items() if re.fullmatch(pattern, name)]
-        if old and new in converted and converted[new].data_ptr() != old[0].data_ptr():
-            notes.append(f"{words} resampled {list(old[0].shape)} -> {list(converted[new].shape)}")
-    return converted
-
-
-def _dinov2(tensors: dict, vit: nn.Module, notes: list) -> dict:
-    """DINOv2's names: blocks in chunks (blocks.0.N.), a packed SwiGLU, registers."""
-    renames = (
-        (r"^blocks\.\d+\.(?=\d+\.)", "blocks."),
-        (r"\.mlp\.w12\.", ".mlp.fc1."),
-        (r"\.mlp\.w3\.", ".mlp.fc2."),
-        (r"^register_tokens$", "reg_token"),
-    )
-    state = tensors
-    for old, new in renames:
-        state = {re.sub(old, new, name): value for name, value in state.items()}
-    if len(state) < len(tensors):
-        raise CheckpointError("load_backbone: two chunks of the file hold one block")
-    return state
-
-
-def _has_positions(tensors: Mapping, slow_first: bool) -> bool:
-    """Whether pos_embed is the fixed one of MoCo v3 (slow_first) or of MAE, but for rounding.
-
-    A row is sin, cos of one coordinate, then of the other: MoCo v3 begins with that which varies
-    slowest, MAE with the other. The class token's row is zero.
-    """
-    positions = tensors.get("pos_embed")
-    if not isinstance(positions, Tensor) or not positions.is_floating_point():
-        return False
-    rows, width = positions.shape[-2:] if positions.ndim == 3 and len(positions) == 1 else (0, 0)
-    side = math.isqrt(max(rows - 1, 0))
-    if side < 2 or side * side != rows - 1 or width < 4 or width % 4:
-        return False
-    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    slow, fast = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
-    wanted = torch.cat((slow, fast) if slow_first else (fast, slow), dim=1)
-    errors = positions[0].cpu().double() - nn.functional.pad(wanted, (0, 0, 1, 0))
-    return errors.abs().max().item() <= max(1e-4, torch.finfo(positions.dtype).eps / 2)
-
-
-def _is_mocos(tensors: Mapping, file: Mapping) -> bool:
-    return _has_positions(tensors, slow_first=True)
-
-
-def _is_maes(tensors: Mapping, file: Mapping) -> bool:
-    return _has_positions(tensors, slow_first=False)
-
-
-def _is_of_maes_finetuning(tensors: Mapping, file: Mapping) -> bool:
-    """By the arguments of MAE's main_finetune.py: it trains the position embeddings."""
-    args = file.get("args")
-    names = ("nb_classes", "drop_path", "global_pool", "blr", "finetune")
-    return all(hasattr(args, name) for name in names) and bool(args.finetune)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A key layout. Patterns are matched at the start of a name after the encoder's prefix.
-
-    Attributes:
-        words, source: Its name for the reader, and for the attribute on the model.
-        signs, absent: Some name matches each of `signs`; no name matches `absent`.
-        proof: (tensors, file) -> whether the values, or the rest of the file, prove it.
-        place: A pattern of "entry/prefix", where the encoder must be.
-        drops: (pattern, words) of what is left out.
-        outside: The same of names that don't have the prefix, where no others may be; None: any,
-            and the report names them.
-        warning: Said when it is loaded.
-        convert: (tensors, vit, notes) -> tensors in timm's names; None: they have them.
-    """
-
-    words: str
-    source: str
-    signs: tuple[str, ...] = ()
-    absent: str = "$."
-    proof: Callable[[Mapping, Mapping], bool] | None = None
-    place: str = ""
-    drops: tuple[tuple[str, str], ...] = ()
-    outside: tuple[tuple[str, str], ...] | None = None
-    warning: str | None = None
-    convert: Callable[[dict, nn.Module, list], dict] | None = None
-
-    def fits(self, place: str, tensors: Mapping, file: Mapping) -> bool:
-        return (
-            re.match(self.place, place) is not None
-            and all(any(re.match(sign, name) for name in tensors) for sign in self.signs)
-            and not any(re.match(self.absent, name) for name in tensors)
-            and (self.proof is None or self.proof(tensors, file))
-        )
-
-
-_CLASSIFIER = (r"(.*\.)?(head(_dist)?|pre_logits)\.", "classifier")
-_MASK = (r"(.*\.)?(mask_token$|lm_head\.)", "masked-image parts")
-_ROTARY = (r".*(rope.*\.(freqs_cos|freqs_sin|periods)|bias_mask)$|local_cls_norm\.", "constants")
-_MOCO = r".*[/.](base|momentum)_encoder\.$"
-_DINO = {
-    "place": r"(teacher|student)/(.*\.)?backbone\.$",
-    "outside": ((r"(.*\.)?(dino_|ibot_)?head\.", "projection head"),),
-}
-
-# The first that fits an encoder is its layout.
-# fmt: off
-LAYOUTS = (
-    _Layout(
-        "MoCo v3", "mocov3", place=_MOCO, drops=((r"head\.", "projector head"),), outside=(
-            (r"(.*\.)?momentum_encoder\.", "momentum encoder"),
-            (r"(.*\.)?base_encoder\.", "base encoder"), (r"(.*\.)?predictor\.", "predictor"),
-        ),
-    ),
-    _Layout(
-        "MoCo v3, linear-probed", "mocov3", (r"head\.weight$",), proof=_is_mocos,
-        drops=(_CLASSIFIER,),
-        warning="this is MoCo v3's linear-probed file (linear-vit-*.pth.tar). VPT's README links "
-        "it and VPT's code loads it, so VPT's published numbers use it (KMnP/vpt#53). The gated "
-        "prompt paper builds on VPT's setup; its code reads either file. The self-supervised file "
-        "is vit-*-300ep.pth.tar",
-    ),
-    _Layout(
-        "MoCo v3, encoder", "mocov3", proof=_is_mocos, drops=((r"head\.", "projector head"),),
-    ),
-    _Layout(
-        "DINOv2", "dinov2", (r"mask_token$",), drops=((r"mask_token$", "mask token"),),
-        convert=_dinov2, **_DINO,
-    ),
-    _Layout("DINO", "dino", **_DINO),
-    _Layout(
-        "MAE, encoder and decoder", "mae", (r"decoder_embed\.",),
-        drops=((r"decoder_", "decoder"), (r"mask_token$", "mask token")),
-    ),
-    _Layout(
-        "MAE, fine-tuned", "mae-finetuned", (r"head\.",), proof=_is_of_maes_finetuning,
-        drops=(_CLASSIFIER,),
-        warning="this MAE file was fine-tuned with labels; the self-supervised file is "
-        "mae_pretrain_vit_*.pth",
-    ),
-    _Layout("MAE, encoder", "mae", absent=r"head\.|fc_norm\.", proof=_is_maes, drops=(_MASK,)),
-    _Layout(
-        "DINOv2", "dinov2", (r"mask_token$", r"blocks\..*\.ls1\.gamma$"), r"storage_tokens",
-        drops=((r"mask_token$", "mask token"),), convert=_dinov2,
-    ),
-    _Layout(
-        "CLIP, vision tower", "clip", (r"visual\.",),
-        drops=(
-            (r"(?!visual\.)", "text tower"),
-            (r"visual\.(proj$|(trunk\.)?head\.)", "projection"), _MASK, _ROTARY,
-        ),
-        convert=_by_timm,
-    ),
-    _Layout(
-        "DINOv3", "dinov3", (r"storage_tokens$",), drops=(_MASK, _ROTARY), convert=_by_timm,
-    ),
-    _Layout(
-        "timm's names", "timm", (r"blocks\.0\.",), drops=(_CLASSIFIER, _MASK, _ROTARY),
-        convert=_by_timm,
-    ),
-)
-# fmt: on
-
-# (a pattern of a place that shows the choice, {which: pattern of its place}); the first is taken
-# without being asked for.
-_CHOICES = (
-    (_MOCO, {"base": r".*base_encoder\.$", "momentum": r".*momentum_encoder\.$"}),
-    (r"(teacher|student)/", {"teacher": r"teacher/", "student": r"student/"}),
-    (
-        r"(state_dict|model)_ema/",
-        {"ema": r"(state_dict|model)_ema/", "raw": r"(state_dict|model)/"},
-    ),
-    (r"target_encoder/", {"target": r"target_encoder/", "encoder": r"encoder/"}),
-)
-_EMA_NOTES = {
-    "ema": "the EMA weights, as timm takes them; which='raw' loads the others",
-    "raw": "the weights that are not the EMA; which='ema' loads the EMA",
-}
-
-# What stands before one of these is the prefix: module. of DDP, _orig_mod. of torch.compile, model.
-# or another attribute of a Lightning module, all of them stacked.
-_ENCODER = re.compile(r"(|.*?\.)((visual\.(trunk\.)?)?patch_embed\.proj|visual\.conv1)\.weight")
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """A ViT of a file: what one of its entries ("": the file itself) has after one prefix."""
-
-    entry: str
-    prefix: str
-    tensors: dict
-    outside: tuple[str, ...]  # the names without the prefix
-    layout: _Layout
-
-    @property
-    def place(self) -> str:
-        return f"{self.entry}/{self.prefix}"
-
-
-def _entries(file: Mapping) -> dict[str, dict]:
-    """The file itself and the dicts in it."""
-    entries = (("", file), *file.items())
-    return {
-        str(entry): {str(name): value for name, value in content.items()}
-        for entry, content in entries
-        if isinstance(content, Mapping)
-    }
-
-
-def _encoders(file: Mapping) -> list[_Encoder]:
-    found = []
-    for entry, content in _entries(file).items():
-        anchors = (_ENCODER.fullmatch(n) for n, v in content.items() if isinstance(v, Tensor))
-        prefixes = {anchor[1]: {} for anchor in anchors if anchor}
-        of = sorted(prefixes, key=len, reverse=True)  # a name belongs to the longest
-        for name, value in content.items():
-            prefix = next((prefix for prefix in of if name.startswith(prefix)), None)
-            if prefix is not None:
-                prefixes[prefix][name.removeprefix(prefix)] = value
-        for prefix, tensors in prefixes.items():
-            place = f"{entry}/{prefix}"
-            own = {prefix + name for name in tensors}
-            outside = tuple(name for name in content if name not in own)
-            for layout in LAYOUTS:
-                if layout.fits(place, tensors, file):
-                    found.append(_Encoder(entry, prefix, tensors, outside, layout))
-                    break
-    return found
-
-
-def _recognise(file: Mapping, which: str | None) -> tuple[_Encoder, str | None, list[str]]:
-    """The encoder to load, its choice where there is one, and notes."""
-    encoders = _encoders(file)
-    if not encoders:
-        names = max(
-            _entries(file).values(), key=lambda c: sum(isinstance(v, Tensor) for v in c.values())
-        )
-        raise CheckpointError(
-            f"load_backbone: no known layout has the file's {len(names)} keys, "
-            f"{first_names(names)}; a ViT has patch_embed.proj.weight and blocks.0.*, perhaps "
-            "after a prefix"
-        )
-    words = encoders[0].layout.words
-    default, choices = _choices(encoders)
-    if len(encoders) == 1 and default is None:
-        if which is not None:
-            raise ValueError(
-                f"load_backbone: which must be None for a file of one encoder ({words}), "
-                f"got {which!r}"
-            )
-        return encoders[0], None, []
-    wanted = default if which is None else which
-    if wanted not in choices:
-        raise ValueError(
-            f"load_backbone: which must be one of {tuple(choices)} for this file ({words}), "
-            f"got {which!r}" + (f", which means {default!r}" if which is None and default else "")
-        )
-    has_both = default == "ema" and len(choices) == 2
-    return choices[wanted], wanted, [_EMA_NOTES[wanted]] if has_both else []
-
-
-def _choices(encoders: list[_Encoder]) -> tuple[str | None, dict[str, _Encoder]]:
-    """The default, if there is one, and the encoders by `which`."""
-    for sign, places in _CHOICES:
-        if any(re.match(sign, encoder.place) for encoder in encoders):
-            named = [(w, e) for w, p in places.items() for e in encoders if re.match(p, e.place)]
-            if len(dict(named)) == len(named) == len(encoders):
-                return next(iter(places)), dict(named)
-    is_one_entry = len({encoder.entry for encoder in encoders}) == 1
-    return None, {(e.prefix if is_one_entry else e.place).rstrip("/."): e for e in encoders}
-
-
-# ---- loading ----
-
-
 @dataclass(frozen=True)
 class LoadReport:
-    """What a loader did; `str()` says it in words.
+    """What a loader did; `str()` puts it into words.
 
     Attributes:
         layout: The layout of the file, in words.
-        loaded, total: Tensors that were copied, of those that the model has; equal.
-        dropped: Names in the file that were left out.
-        notes: What was left out, resampled or renamed, in words.
+        loaded, total: The tensors that were copied and the tensors to fill; always equal.
+        dropped: Names in the file that were not loaded.
+        notes: What was dropped, resampled or renamed, in words.
         missing: Names of the model that the file does not set: its classifier.
-        what: What `loaded` counts.
+        what: The things that `loaded` counts, in words.
     """
 
     layout: str
@@ -362,23 +66,23 @@ def load_backbone(
     allow_nonfinite: bool = False,
     expect_sha256: str | None = None,
 ) -> LoadReport:
-    """Loads a checkpoint's backbone into a timm model, all of it or none.
+    """Loads a checkpoint's backbone into a timm model, completely or not at all.
 
     Reads MAE (encoder, with decoder, fine-tuned), MoCo v3 (both encoders, linear-probed), DINO and
     DINOv2 (flat, full, training teacher; registers), and what timm's converters read: timm's own
-    names, CLIP and SigLIP vision towers, EVA, DINOv3. Any prefix may stand before the names, such
-    as those of DDP, torch.compile, Lightning and I-JEPA. MAE's encoder and MoCo v3's linear-probed
-    file are told from other files by their fixed position embeddings. A classifier is never loaded.
-    Position embeddings are resampled to the model's image size (bicubic, antialiased), and an RGB
-    patch embedding is adapted to its channels as timm does it.
+    names, CLIP and SigLIP vision towers, EVA, DINOv3. The names may have any prefix, such as the
+    prefixes of DDP, torch.compile, Lightning and I-JEPA. MAE's encoder and MoCo v3's linear-probed
+    file are recognised by their fixed position embeddings. A classifier is never loaded. Position
+    embeddings are resampled to the model's image size (bicubic, antialiased). An RGB patch
+    embedding is adapted to the model's channels as timm does it.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva`, not wrapped.
-        source: A path for `read_checkpoint`, or what it returned.
-        which: Of a file with several encoders, the one to load. "base" (default) or "momentum" for
-            MoCo v3; "teacher" (default) or "student" for DINO; "ema" (default) or "raw" for
-            training files of timm and DeiT with an EMA; "target" (default) or "encoder" for I-JEPA.
-            For other files there is no default, and the error names the choices.
+        source: A path for `read_checkpoint`, or the dict that `read_checkpoint` returned.
+        which: The encoder to load from a file with several. "base" (default) or "momentum" for MoCo
+            v3; "teacher" (default) or "student" for DINO; "ema" (default) or "raw" for training
+            files of timm and DeiT with an EMA; "target" (default) or "encoder" for I-JEPA. Other
+            files have no default, and the error lists the choices.
         allow_nonfinite: Accept NaN and infinite weights.
         expect_sha256: See `read_checkpoint`.
 
@@ -387,10 +91,10 @@ def load_backbone(
         "mocov3", "dino", "dinov2", "clip", "dinov3" or "timm".
 
     Raises:
-        CheckpointError: unknown layout; a tensor missing, unexpected, of another shape, not finite.
-            The model is as it was.
-        ValueError: which does not fit the file, or is needed.
-        TypeError: vit is neither.
+        CheckpointError: the layout is unknown; or a tensor is missing, unexpected, of another shape
+            or not finite. The model is unchanged.
+        ValueError: the file has no such `which`, or has no default and `which` is None.
+        TypeError: vit is neither a `VisionTransformer` nor an `Eva`.
         RuntimeError: vit is wrapped, or on the meta device.
     """
     who = "load_backbone"
@@ -403,7 +107,7 @@ def load_backbone(
         source = read_checkpoint(source, expect_sha256=expect_sha256)
     elif expect_sha256 is not None:
         raise ValueError(f"{who}: expect_sha256 needs a path, got a {type(source).__name__}")
-    encoder, choice, notes = _recognise(source, which)
+    encoder, choice, notes = recognise(source, which)
     layout = encoder.layout
     words = layout.words if choice is None else f"{layout.words}, {choice}"
     dropped, kept, strangers = collections.defaultdict(list), {}, []
@@ -424,7 +128,7 @@ def load_backbone(
         names = first_names(left_out)
         notes.append(f"left out {len(left_out)} outside {encoder.prefix!r} ({names})")
     state = layout.convert(kept, vit, notes) if layout.convert else kept
-    is_masked_eva = isinstance(vit, eva.Eva) and _MASK[1] in dropped
+    is_masked_eva = isinstance(vit, eva.Eva) and MASKED_PARTS[1] in dropped
     if (layout.source == "mae" or is_masked_eva) and isinstance(vit.norm, nn.Identity):
         moved = {f"norm.{n}" for n in ("weight", "bias")} & {*state}
         if moved and isinstance(vit.fc_norm, nn.LayerNorm):
@@ -440,7 +144,7 @@ def load_backbone(
             f"{who}: MoCo v3's ViT-S has 12 heads, which its tensors don't show, and vit has "
             f"{vit.blocks[0].attn.num_heads}: build it with num_heads=12"
         )
-    if layout.convert is not _by_timm:
+    if layout.convert is not by_timm:
         _fit_positions(state, vit, notes)
     values = checked_values(f"{who}: {words}", targets, state, allow_nonfinite)
     with torch.no_grad():
@@ -484,7 +188,8 @@ def check_names(who: str, targets: Mapping, state: Mapping, strangers=()) -> Non
 
 
 def checked_values(who: str, targets: Mapping, state: Mapping, allow_nonfinite: bool) -> dict:
-    """The state in the dtypes of the targets, once every tensor has passed."""
+    """Casts the state to the dtypes of the targets. Raises CheckpointError if a tensor has another
+    shape, is not floating, or is not finite."""
     for name, target in targets.items():
         if state[name].shape != target.shape:
             raise CheckpointError(
@@ -503,7 +208,7 @@ def checked_values(who: str, targets: Mapping, state: Mapping, allow_nonfinite: 
 
 
 def _fit_channels(state: dict, vit: nn.Module, notes: list) -> None:
-    """The patch embedding of an RGB file -> the channels of the model, as timm does it."""
+    """Adapts the patch embedding of an RGB file to the model's channels, as timm does it."""
     name, wanted = "patch_embed.proj.weight", vit.patch_embed.proj.in_channels
     got = state[name].shape[1] if state[name].ndim == 4 else wanted
     if got == wanted:
@@ -518,10 +223,12 @@ def _fit_channels(state: dict, vit: nn.Module, notes: list) -> None:
 
 
 def _fit_positions(state: dict, vit: nn.Module, notes: list) -> None:
-    """Position embeddings [1, 1 + patches, D] of a square image -> the model's own.
+    """Fits position embeddings [1, 1 + patches, D] to the model: its grid and its prefix tokens.
 
-    Where the model has none for prefix tokens, the class token's is added to the token itself;
-    where it has some for registers, theirs are zero. Both compute the same.
+    The file's grid is square or the model's. If the model has no position embeddings for prefix
+    tokens, the one of the class token is added to the class token itself. If the model has some for
+    registers, they become zero. In both cases the prefix tokens get the values that they have in
+    the file's own model.
     """
     positions = state["pos_embed"]
     patches = positions.shape[1] - 1 if positions.ndim == 3 and len(positions) == 1 else 0
@@ -559,16 +266,17 @@ def create_backbone(
     expect_sha256: str | None = None,
     **kwargs,
 ) -> nn.Module:
-    """A timm ViT by name, with the weights of `checkpoint` where one is given.
+    """Creates a timm ViT by name and loads `checkpoint` into it, if there is one.
 
     Args:
-        name: As in `timm.list_models()`, with or without a tag.
+        name: A name from `timm.list_models()`, with or without a tag.
         checkpoint, which, expect_sha256: See `load_backbone`.
-        pretrained: timm downloads the weights of the tag.
-        kwargs: For `timm.create_model`.
+        pretrained: Lets timm download the weights of the tag.
+        kwargs: Passed to `timm.create_model`.
 
     Raises:
-        ValueError: unknown name, with near ones; checkpoint together with pretrained.
+        ValueError: the name is unknown (the message suggests similar names); or both checkpoint and
+            pretrained are given.
         TypeError: the model is neither a `VisionTransformer` nor an `Eva`.
         CheckpointError: see `load_backbone`.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reader of checkpoint files that runs nothing that is in them."""
+"""Reads checkpoint files without running any code in them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-_MAX_PICKLE = 100 << 20  # bytes; the pickle beside 100,000 tensors has about 20 MB
+_MAX_PICKLE = 100 << 20  # bytes; the pickle of a file with 100,000 tensors has about 20 MB
 _MAX_FILE = 64 << 30
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read, or is not what the model needs. Nothing was changed or run."""
+    """A checkpoint can't be read, or does not fit the model. Nothing was changed or run."""
 
 
 class _Ignored:
-    """Stands in for numpy values of training states, which no backbone needs."""
+    """A placeholder for numpy values of training states, which no backbone needs."""
 
     def __init__(self, *args):
         pass
@@ -41,7 +41,8 @@ _STAND_INS = [(argparse.Namespace, "argparse.Namespace")] + [
     for core in ("core", "_core")
     for name in ("dtype", "ndarray", f"{core}.multiarray.scalar", f"{core}.multiarray._reconstruct")
 ]
-# Fewer names than torch's weights_only allows: torch.Tensor(n) or bytearray(n) reserves any memory.
+# The names that a pickle may use. They are fewer than torch's weights_only allows: a pickle could
+# call torch.Tensor(n) or bytearray(n) to reserve any amount of memory.
 _INERT = re.compile(
     "|".join(re.escape(name) for _, name in _STAND_INS)
     + r"|collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.set"
@@ -54,21 +55,23 @@ _INERT = re.compile(
 def read_checkpoint(path: str | os.PathLike, *, expect_sha256: str | None = None) -> dict:
     """Reads a torch.save or safetensors file without running anything in it.
 
-    Tensors may be mapped from the file: leave it as it is while they are in use. A torch.save file
-    may name only tensors, containers, `argparse.Namespace` and numpy values (these come back as
-    placeholders); its list of names and its sizes are checked before it is unpickled.
+    Tensors may be memory-mapped from the file: do not change it while they are in use. A torch.save
+    file may name only tensors, containers, `argparse.Namespace` and numpy values (these are loaded
+    as placeholders). Its names and its sizes are checked before it is unpickled.
 
     Args:
-        path: The file. Its content decides the format.
-        expect_sha256: What its SHA-256 must be, in hexadecimal. Without it a flipped bit inside a
-            tensor goes unnoticed.
+        path: The file. Its content decides the format, except that a name ending in .safetensors
+            decides for safetensors.
+        expect_sha256: The SHA-256 that the file must have, in hexadecimal. Without it a flipped bit
+            inside a tensor goes unnoticed.
 
     Returns:
-        What was saved, tensors on the CPU.
+        The saved dict, with tensors on the CPU.
 
     Raises:
-        CheckpointError: empty, truncated, not a checkpoint; a name off the list, which is told; a
-            size that the file can't hold; another SHA-256.
+        CheckpointError: the file is empty, truncated or not a checkpoint; it names something else
+            (the message lists the names); it declares a size that it can't contain; it has another
+            SHA-256.
         OSError: FileNotFoundError, IsADirectoryError, PermissionError with the path.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -125,11 +128,12 @@ def read_checkpoint(path: str | os.PathLike, *, expect_sha256: str | None = None
 
 
 def _read(who: str, reader: Callable[[], dict]) -> dict:
-    """The reader's result; whatever a damaged file makes it raise becomes a CheckpointError."""
+    """Returns reader(). Turns any exception into a CheckpointError, as a damaged file can raise
+    any."""
     try:
         return reader()
     except Exception as error:
-        # torch's text goes on with advice to switch weights_only off
+        # cuts off the rest of torch's message, which advises to switch weights_only off
         reason = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
         reason = re.split(r"\n|Please use|[^.]*weights_only", reason)[0].strip()
     raise CheckpointError(f"{who} is truncated or damaged: {reason}")
@@ -144,7 +148,8 @@ def _check_sha256(who, stream, head, expected):
 
 
 def _check_zip(who, path, size):
-    """The directory first: torch.save stores, so a compressed or overlapping record is a bomb."""
+    """Checks the directory of a zip file, then its pickle. torch.save compresses nothing, so a
+    compressed or overlapping record is a zip bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -161,7 +166,7 @@ def _check_zip(who, path, size):
             elif total > size:
                 fault = f": its records declare {total} bytes, the file has {size}"
             elif len({name.lower() for name in names}) < len(names):  # torch ignores the case
-                fault = ": two of its records have one name"
+                fault = ": two of its records have the same name"
             elif archive.getinfo(f"{root}/data.pkl").file_size > _MAX_PICKLE:
                 fault = f": its pickle has more than {_MAX_PICKLE} bytes"
             else:
@@ -169,14 +174,14 @@ def _check_zip(who, path, size):
                     return _check_pickle(who, stream, size, ["TUPLE"])
     except CheckpointError:
         raise
-    except Exception as error:  # what zipfile meets in a damaged archive
+    except Exception as error:  # zipfile can raise any on a damaged archive
         fault = f" is truncated or damaged: {error}"
     raise CheckpointError(who + fault)
 
 
 def _check_legacy(who, stream, size):
-    """Five pickles in a row: magic number, protocol, system, the object, storage names."""
-    storage = ["NONE", "TUPLE"]  # a view's parent once came after the size
+    """Checks five pickles in a row: magic number, protocol, system, the object, storage names."""
+    storage = ["NONE", "TUPLE"]  # None after the size: once the place of a view's parent
     if _check_pickle(who, stream, size, storage) != [torch.serialization.MAGIC_NUMBER]:
         raise CheckpointError(f"{who} is a raw pickle, not a torch.save file")
     for _ in range(4):
@@ -184,13 +189,14 @@ def _check_legacy(who, stream, size):
 
 
 def _check_pickle(who, stream, size, storage) -> list[int]:
-    """Refuses a pickle by the globals it names and the sizes it declares, without running it.
+    """Checks the globals that a pickle names and the sizes that it declares, without running it.
 
-    A storage is ('storage', type, key, location, elements, ...) as a persistent id; between the
-    number and the id stand exactly the opcodes of `storage`, so that the number is the one used.
+    A storage is a persistent id ('storage', type, key, location, elements, ...). The opcodes
+    between `elements` and the id must be exactly those in `storage`, so that the number that is
+    checked is the number that is used.
 
     Returns:
-        Its long integers, as the magic number of old files is one.
+        The long integers in the pickle; the magic number of old files is one.
     """
     integer = ("BININT", "BININT1", "BININT2", "LONG1")
     names, longs, strings, elements = set(), [], [], 0
@@ -215,7 +221,7 @@ def _check_pickle(who, stream, size, storage) -> list[int]:
                 strings.append(argument)
             if "PUT" not in code and code != "MEMOIZE":
                 recent.append((code, argument))
-    except Exception as error:  # what the disassembler meets in a damaged pickle
+    except Exception as error:  # genops can raise any on a damaged pickle
         raise CheckpointError(f"{who} is truncated or damaged: {error}") from None
     if unsafe := sorted(name for name in names if not _INERT.fullmatch(name)):
         raise CheckpointError(
@@ -230,6 +236,6 @@ def _check_pickle(who, stream, size, storage) -> list[int]:
 
 
 def first_names(names) -> str:
-    """The first five names with repr, since a file's names may hold terminal escapes."""
+    """The first five names, by repr, because names in a file may contain terminal escapes."""
     names = list(names)
     return ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from gated_prompt.functional import prompt_gate, prompt_gate_
 from gated_prompt.temperature import TEMPERATURE_RANGE
 from gated_prompt.traced import is_traced
 from gated_prompt.vit.attention import Temperatures, Tempering
-from gated_prompt.vit.prompt_init import patch_tokens, prototypes
+from gated_prompt.vit.embedding import embed, rope_with_prompts
+from gated_prompt.vit.options import WrapOptions
 from gated_prompt.vit.shortcuts import attention_of, is_observed, is_untouched, run_block
 from gated_prompt.vit.wrapping import (
     MARK,
@@ -28,6 +29,7 @@ from gated_prompt.vit.wrapping import (
     inside,
     patched_methods,
     says_patched,
+    train_what_is_tuned,
     unpatched_name,
 )
 
@@ -52,10 +54,11 @@ class GatedPromptViT(nn.Module):
         gates: A `PromptGate` for each of the first blocks.
         temperatures: A sequence of the learnable temperatures [1], one per block, or none.
         head: The classifier.
-        options: What `wrap` was given, defaults resolved.
+        options: `WrapOptions`: what `wrap` was given, and the values that its None and "auto" have
+            got; `wrap(other_vit, **vars(model.options))` wraps another backbone alike.
     """
 
-    def __init__(self, vit, options, prompts, deep_prompts, gates):
+    def __init__(self, vit, options: WrapOptions, prompts, deep_prompts, gates):
         super().__init__()
         if MARK in vars(vit):  # a copy, or its wrapper was lost
             vars(vit)[MARK].undo(vit)
@@ -67,13 +70,13 @@ class GatedPromptViT(nn.Module):
         self.prompts = None if prompts is None else prompts.to(device, dtype)
         self.deep_prompts = None if deep_prompts is None else deep_prompts.to(device, dtype)
         self.gates = nn.ModuleList(gates).to(device)
-        temperature, depth = options["temperature"], len(vit.blocks)
+        temperature, depth = options.temperature, len(vit.blocks)
         self.temperatures = Temperatures(depth if temperature is True else 0, device)
         source = self.temperatures if temperature is True else float(temperature or 1.0)
         # without prompts nothing is gained by restating timm's attention
-        restates = options["num_prompts"] or options["attention"] not in ("auto", "sdpa")
-        restates = restates or options["last_block"] == "pooled-rows"
-        self._backend = options["attention"] if restates else None
+        restates = options.num_prompts or options.attention not in ("auto", "sdpa")
+        restates = restates or options.last_block == "pooled-rows"
+        self._backend = options.attention if restates else None
         self._temperings = [
             None if source == 1.0 else Tempering(attention_of(block), source, index)
             for index, block in enumerate(vit.blocks)
@@ -110,15 +113,15 @@ class GatedPromptViT(nn.Module):
 
     @property
     def method(self) -> str:
-        return self.options["method"]
+        return self.options.method
 
     @property
     def pool(self) -> str:
-        return self.options["pool"]
+        return self.options.pool
 
     @property
     def num_prompts(self) -> int:
-        return self.options["num_prompts"]
+        return self.options.num_prompts
 
     # ---- timm's face ----
 
@@ -155,7 +158,7 @@ class GatedPromptViT(nn.Module):
                     f"reset_classifier: global_pool must be one of {tuple(pools)}, and vit have a "
                     f"class token for 'token', got {global_pool!r}"
                 )
-            self.options["pool"] = pools[global_pool]
+            self.options = dataclasses.replace(self.options, pool=pools[global_pool])
         if num_classes == 0:
             self.head = nn.Identity()
             return
@@ -194,7 +197,7 @@ class GatedPromptViT(nn.Module):
         super().train(mode)
         vit = self.backbone
         if self.method not in ("full", "bias"):
-            _train_what_is_tuned(vit, mode)
+            train_what_is_tuned(vit, mode)
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -297,7 +300,7 @@ class GatedPromptViT(nn.Module):
                 f"GatedPromptViT: images must be [B, C, H, W] in floating point, got "
                 f"{list(images.shape)} in {images.dtype}"
             )
-        dtype, device = self.options["frozen_dtype"], images.device.type
+        dtype, device = self.options.frozen_dtype, images.device.type
         if not self._wrapping.narrowed or dtype == images.dtype:
             return
         if not is_autocast(device) or torch.get_autocast_dtype(device) != dtype:
@@ -308,7 +311,7 @@ class GatedPromptViT(nn.Module):
 
     def _features(self, images: Tensor) -> Tensor:
         """What the head reads, [B, D]."""
-        pooled_rows = self.options["last_block"] == "pooled-rows"
+        pooled_rows = self.options.last_block == "pooled-rows"
         x = self._run(images, pooled_rows)
         return self._normed_mean(x if pooled_rows else x[:, self._pooled_rows(x.shape[1])])
 
@@ -322,11 +325,12 @@ class GatedPromptViT(nn.Module):
         """Tokens after the last block, or the first `depth`: all, or those that the pool reads.
         kept: gets the tokens after the blocks that are its keys."""
         vit = self.backbone
-        x, ropes = self._embed(images)
+        x, ropes = embed(vit, images)
         carrier = start = closed = None
         if self.prompts is not None:
             x, carrier, start = self.prompts(x, vit.num_prefix_tokens)
-            ropes = [self._rope_with_prompts(rope) for rope in ropes]
+            at_start = self.prompts.position == "start"
+            ropes = [rope_with_prompts(rope, self.num_prompts, at_start) for rope in ropes]
         if self.deep_prompts is not None:
             closed = x.new_full((), -math.inf)  # the logit of a gate that is exactly 0
         if not torch.is_grad_enabled() or is_observed(x):
@@ -349,48 +353,13 @@ class GatedPromptViT(nn.Module):
 
         return inside(vit.blocks, x, run) if isinstance(vit.blocks, nn.Sequential) else run(x)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Tokens that enter the first block, [B, N, D], and timm's rotary embeddings: one for all
-        blocks, or one for each."""
-        vit = self.backbone
-        is_symbolic = isinstance(images, torch.fx.Proxy)
-        if not is_symbolic and (images.dim() != 4 or not images.is_floating_point()):
-            raise ValueError(
-                "GatedPromptViT: images must be [B, C, H, W] in floating point, got "
-                f"{list(images.shape)} in {images.dtype}"
-            )
-        size = None if is_symbolic else vit.patch_embed.img_size
-        if vit.patch_embed.strict_img_size and size and tuple(images.shape[-2:]) != tuple(size):
-            raise ValueError(
-                f"GatedPromptViT: images must be {size[0]} x {size[1]}, as the backbone was built "
-                f"(img_size=, or set_input_size() before wrap), got {images.shape[-2]} x "
-                f"{images.shape[-1]}"
-            )
-        x, rope = vit._pos_embed(vit.patch_embed(images)), None
-        if isinstance(x, tuple):  # Eva, which has dropped patches already
-            x, rope = x
-        else:
-            x = vit.patch_drop(x)
-        is_own = rope is not None and getattr(vit, "rope_mixed", False)
-        return vit.norm_pre(x), list(rope) if is_own else [rope]
-
-    def _rope_with_prompts(self, rope: Tensor | None) -> Tensor | None:
-        """rope [..., N, 2d], sines before cosines, with a rotation by 0 for each prompt."""
-        if rope is None:
-            return None
-        still = torch.zeros_like(rope[..., :1, :])
-        still[..., rope.shape[-1] // 2 :] = 1
-        still = still.expand(*still.shape[:-2], self.num_prompts, -1)
-        at_start = self.prompts.position == "start"
-        return torch.cat([still, rope] if at_start else [rope, still], dim=-2)
-
     def _gated_block(self, x, carrier, index, start, rope, rows, closed):
         """Block `index` and its gate, if it has one: x [B, N, D] and the carrier of the prompts'
         gradient (see `prompt_gate_`) -> the same after it; or of x these rows alone."""
-        block, is_low = self.backbone.blocks[index], self.options["memory"] == "low"
+        block, is_low = self.backbone.blocks[index], self.options.memory == "low"
         tempering = self._temperings[index]
         if tempering is not None:
-            is_learned = self.options["temperature"] is True
+            is_learned = self.options.temperature is True
             source = self.temperatures if is_learned else tempering.temperatures
             tempering.follow(attention_of(block), source)
         out = run_block(block, x, rope, rows, tempering, self._backend, is_low)
@@ -520,47 +489,6 @@ class GatedPromptViT(nn.Module):
 
         return gated_prompt.save_tuned(self, folder, **options)
 
-    # ---- for wrap ----
-
-    def _warn_of_coarse_parameters(self) -> None:
-        coarse = {p.dtype for p in self.parameters() if p.requires_grad} - {
-            torch.float32, torch.float64,
-        }  # fmt: skip
-        if coarse:
-            warnings.warn(
-                f"wrap: method {self.method!r} tunes parameters of the backbone in "
-                f"{', '.join(map(str, coarse))}, where small steps of an optimiser are lost; give "
-                "it a float32 backbone and use torch.autocast",
-                stacklevel=3,
-            )
-
-    @torch.no_grad()
-    def _init_prompts(self, images: Tensor | Iterable, init: str) -> None:
-        vit, device = self.backbone, self.prompts.tokens.device
-        depth = 1 if self.deep_prompts is None else len(vit.blocks)
-
-        def tokens_of(batch: Tensor) -> list[Tensor]:
-            found = []
-
-            def run(images: Tensor) -> Tensor:
-                x, ropes = self._embed(images)
-                for index in range(depth):
-                    if index > 0:
-                        rope = ropes[(index - 1) % len(ropes)]
-                        x = vit.blocks[index - 1](x, **({} if rope is None else {"rope": rope}))
-                    found.append(x[:, vit.num_prefix_tokens :])
-                return x
-
-            self._in_backbone(batch.to(device), run)
-            return found
-
-        first, *deep = (
-            prototypes(tokens, self.num_prompts, init) for tokens in patch_tokens(tokens_of, images)
-        )
-        self.prompts.tokens.copy_(first)
-        if deep:
-            self.deep_prompts.tokens.copy_(torch.stack(deep))
-
 
 def _taken(indices: int | list[int] | None, depth: int) -> list[int]:
     """Which blocks timm's `indices` mean: None, all; n, the last n; a list, from the end where
@@ -577,17 +505,3 @@ def _taken(indices: int | list[int] | None, depth: int) -> list[int]:
             f"forward_intermediates: indices must be in [{-depth}, {depth - 1}], got {indices}"
         )
     return sorted(index % depth for index in taken)
-
-
-def _train_what_is_tuned(module: nn.Module, mode: bool) -> None:
-    """Sets the mode of a backbone: of what is tuned as a whole, and of adapters, that is modules of
-    others with something tuned in them; what has frozen parameters alone is in eval mode."""
-    flags = [parameter.requires_grad for parameter in module.parameters()]
-    is_foreign = not type(module).__module__.startswith(("torch.nn.modules.", "timm."))
-    is_tuned = any(flags) and (is_foreign or all(flags))
-    module.training = mode and is_tuned
-    for child in module.children():
-        if not any(flags) or next(child.parameters(), None) is None:
-            child.train(mode and is_tuned)
-        else:
-            _train_what_is_tuned(child, mode)

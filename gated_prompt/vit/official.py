@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the original project has tuned, read into a wrapped model."""
+"""Loads checkpoints that the original project tuned into a wrapped model."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from gated_prompt.vit.wrapping import unpatched_name
 
 
 def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) -> LoadReport:
-    """Loads a tuned checkpoint of the original project into a wrapped model, all of it or none.
+    """Loads a tuned checkpoint of the original project into a wrapped model, completely or not at
+    all.
 
-    Its keys, each perhaps under `module.` or `enc.`: prompt_embeddings [1, P, D], gate_logit [G],
-    temp [L], deep_prompt_embeddings [L-1, P, D], head.last_layer.{weight,bias}, and the backbone in
-    timm's names, or none of it. gate_logit is the logit itself (only the original's config has its
-    sign turned). The model must be wrapped alike: scalar gates of rule "mix", prompts at the start,
-    gated_blocks=G.
+    The keys may have the prefixes `module.` and `enc.`. They are prompt_embeddings [1, P, D],
+    gate_logit [G], temp [L], deep_prompt_embeddings [L-1, P, D], head.last_layer.{weight,bias}, and
+    either the whole backbone under timm's names or none of it. gate_logit is the logit itself (only
+    the original's config has the opposite sign). The model must be wrapped in the same way: scalar
+    gates of rule "mix", prompts at the start, gated_blocks=G.
 
     Returns:
-        A `LoadReport`; it counts the tensors of the file.
+        A `LoadReport`; its counts are tensors of the file.
 
     Raises:
         TypeError: model is not what `wrap` returned.
-        RuntimeError: the model's gates or prompts are of another kind.
-        CheckpointError: a tensor missing, unexpected, of another shape, not finite. The model is as
-            it was.
+        RuntimeError: the model's gates are not scalar with rule "mix", or its prompts are not at
+            the start.
+        CheckpointError: a tensor is missing, unexpected, of another shape or not finite. The model
+            is unchanged.
 
     Source: Yoo et al., ICML 2023; key names of github ryongithub/GatedPromptTuning.
     """
@@ -55,7 +57,9 @@ def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) ->
     )
     state = {re.sub(r"^(module\.)?(enc\.)?", "", str(n)): v for n, v in file.items()}
     if len(state) < len(file) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{who}: not names and tensors of one model: {first_names(file)}")
+        raise CheckpointError(
+            f"{who}: file must contain only the tensors of one model, got {first_names(file)}"
+        )
     if "prompt_embeddings" not in state and "head.last_layer.weight" not in state:
         raise CheckpointError(
             f"{who}: neither prompt_embeddings nor head.last_layer.weight among {len(state)} keys, "
@@ -79,7 +83,9 @@ def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) ->
             for n, v in backbone.items()
             if v.shape == own[n].shape
         )
-        notes.append(f"{len(backbone)} backbone tensors, {changed} of them new to the model")
+        notes.append(
+            f"{len(backbone)} backbone tensors, {changed} of them different from the model's"
+        )
         used, targets, values = used + len(backbone), targets | own, values | backbone
     else:
         notes.append("no backbone in the file; the model's is kept")
@@ -92,9 +98,13 @@ def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) ->
 
 
 def _tuned_parts(who: str, model: GatedPromptViT, state: dict, notes: list):
-    """Takes what is tuned out of state: rows of the model's parameters, rows of the file, drops."""
+    """Removes the tuned parts from state, and splits them into rows.
+
+    Returns:
+        {"key[i]": row of the model's parameter}, {"key[i]": row of the file}, and the dropped keys.
+    """
     deep = getattr(model, "deep_prompts", None)
-    parts = {  # key -> the model's tensors that its rows are copied to, and how to get them
+    parts = {  # key -> (the model's tensors for its rows, the option of wrap that adds them)
         "prompt_embeddings": ([] if model.prompts is None else [model.prompts.tokens], "prompts"),
         "deep_prompt_embeddings": ([] if deep is None else deep.tokens, "method='vpt-deep'"),
         "gate_logit": ([gate.logit.view(()) for gate in model.gates], "gated_blocks"),
@@ -116,7 +126,7 @@ def _tuned_parts(who: str, model: GatedPromptViT, state: dict, notes: list):
             )
         elif not rows and deep is not None and key in ("gate_logit", "temp"):
             dropped.append(key)
-            notes.append(f"dropped {key}, which the original ignores beside deep prompts")
+            notes.append(f"dropped {key}, which the original ignores if there are deep prompts")
         elif not rows or value.shape != (len(rows), *rows[0].shape):
             wanted = [len(rows), *rows[0].shape] if rows else f"absent (wrap without {option})"
             raise CheckpointError(f"{who}: {key} must be {wanted}, got {list(value.shape)}")

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short cuts through timm's blocks: the same results in less time or memory.
 
-The plain path calls a block as it is, with all that others have put on it and on its modules. A
-short cut leaves modules out, or changes what they are given. So it is taken only where nobody can
-tell. Each has one condition, which is asked at every call, since hooks and patches come and go:
+The plain path calls a block unchanged, with all hooks and patches on it and on its modules. A short
+cut restates timm's forward: our code computes the same result, but skips the calls of some modules
+or passes them other inputs. It is taken only if nothing can observe the difference. Each short cut
+has one condition, which is checked at every call, because hooks and patches may be added at any
+time:
 
-    folded projections  `folded_layers`  no pass over q for the temperature, no stack of the
-                                         gradients of q, k and v
-    pooled rows         `pools_rows`     the last block computes the rows that the pool reads
-    recomputed MLP      `recomputes`     the MLP's hidden layer is not kept
+    folded projections  `folded_layers`  no pass over q for the temperature; the gradients of q, k
+                                         and v are not stacked
+    pooled rows         `pools_rows`     the last block computes only the rows that the pool reads
+    recomputed MLP      `recomputes`     the MLP's hidden layer is not saved for backward
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from gated_prompt.vit.attention import FrozenProjection, Tempering
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 PRE_NORM_BLOCKS = (Block, EvaBlock)
 _OWNERS = ("torch.nn.", "timm.", "gated_prompt.")
-# Names of their classes that treat each token by itself, inside of a block.
+# Class names, in the packages of _OWNERS, of modules that treat each token by itself in a block.
+# (Attention does not; `pools_rows` deals with its keys and values.)
 _TOKEN_WISE = {
     "Attention", "AttentionRope", "EvaAttention", "Tempering", "Mlp", "GluMlp", "SwiGLU",
     "LayerScale", "Linear", "Identity", "Dropout", "DropPath", "LayerNorm", "RMSNorm", "RmsNorm",
@@ -46,7 +49,8 @@ def _is_genuine(kind: type) -> bool:
     )  # fmt: skip
 
 
-# What the short cuts restate; nobody has patched the class, before this import or since.
+# The forwards that the short cuts restate. A class patched before this import is left out here;
+# `_is_as_known` finds a class patched later.
 _FORWARDS = {
     kind: kind.forward for kind in (*PRE_NORM_BLOCKS, *ATTENTIONS, nn.Linear) if _is_genuine(kind)
 }
@@ -61,8 +65,8 @@ def _is_as_known(module: nn.Module | None) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else: no hook of any kind but
-    our own, no forward of the instance, not compiled."""
+    """True if a call of the module runs only its class's forward: no hooks except ours, no forward
+    on the instance, not compiled."""
     own = vars(module)
     return not (
         own["_forward_pre_hooks"]
@@ -79,12 +83,14 @@ def _are_ours(hooks) -> bool:
 
 
 def is_observed(x) -> bool:
-    """Whether torch tells somebody of the call of each module: global hooks, tracing."""
+    """True if torch reports every module call to someone: global hooks, torch.jit or torch.fx
+    tracing."""
     return bool(isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or any(global_hooks))
 
 
 def is_restated(attn: nn.Module | None) -> bool:
-    """Whether `attention` computes what a call of this attention of timm's computes."""
+    """True if `attention` may replace a call of this module: it is one of timm's attentions,
+    unmodified, and `attention` computes the same result."""
     return (
         type(attn) in ATTENTIONS
         and _is_as_known(attn)
@@ -98,8 +104,8 @@ def is_restated(attn: nn.Module | None) -> bool:
 
 
 def folded_layers(attn: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
-    """(weight, bias) of qkv, or of q, k and v, if these are plain linear layers, untouched, frozen
-    and where x is; else None."""
+    """[(weight, bias)] of qkv, or three such pairs for q, k and v. None unless these layers are
+    untouched nn.Linear with frozen parameters on x's device and x is not transformed."""
     layers = (attn.q_proj, attn.k_proj, attn.v_proj) if attn.qkv is None else (attn.qkv,)
     found = []
     for layer in layers:
@@ -122,18 +128,19 @@ def folded_layers(attn: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor | Non
 
 
 def pools_rows(block: nn.Module) -> bool:
-    """Whether the rows of its result need no other rows but those that attention reads."""
+    """True if the block can compute a part of its rows: only attention reads other rows."""
     return is_restated(block.attn) and all(map(_are_stock, block.children()))
 
 
 def recomputes(block: nn.Module) -> bool:
-    """Whether nobody can tell that the MLP runs twice."""
+    """True if running norm2 and the MLP twice has no visible effect: no hooks, and no buffers that
+    train mode may update, such as batch statistics."""
     parts = (*block.norm2.modules(), *block.mlp.modules())
     return all(is_untouched(m) and not (m.training and m._buffers) for m in parts)
 
 
 def _are_stock(module: nn.Module) -> bool:
-    """The module and those in it."""
+    """`_is_stock` for the module and all modules in it."""
     children = module._modules.values()
     return _is_stock(module) and all(child is None or _are_stock(child) for child in children)
 
@@ -151,8 +158,8 @@ def _is_token_wise(kind: type) -> bool:
 
 
 def uncompiled(module: nn.Module | None) -> nn.Module | None:
-    """The module that torch.compile(module) stands for, or module itself."""
-    # not getattr(module, "_orig_mod"): each module that has none would raise an error, and catch it
+    """The original module if this is torch.compile's wrapper, otherwise module itself."""
+    # not getattr(module, "_orig_mod"): a module without it would raise and catch an AttributeError
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
@@ -169,11 +176,11 @@ def run_block(
     backend: str | None,
     low_memory: bool,
 ) -> Tensor:
-    """block(x), or these rows of it: x [B, N, D] -> [B, N, D].
+    """block(x), or `rows` of block(x): x [B, N, D] -> [B, N, D], or [B, M, D] for M rows.
 
-    rope: timm's rotary embedding. tempering: what divides the queries. backend: of `attend`, where
-    attention can be restated; None: timm's own. low_memory: the MLP is computed again in backward,
-    where that can be done.
+    rope: timm's rotary embedding. tempering: the block's Tempering, which divides the queries.
+    backend: for `attend`, if attention can be restated; None: keep timm's attention. low_memory:
+    recompute the MLP in backward, if `recomputes` allows.
     """
     options = {} if rope is None else {"rope": rope}
     is_known = type(block) in PRE_NORM_BLOCKS and _is_as_known(block) and is_untouched(block)
@@ -185,7 +192,7 @@ def run_block(
     if not restates and not again:
         x = block(x, **options)
         return x if rows is None else x[:, rows]
-    late = None  # rows that are chosen at the end
+    late = None  # rows to select at the end, if the block must compute all
     if rows is not None and not (restates and pools_rows(block)):
         rows, late = None, rows
     if hasattr(block, "ls1"):
@@ -207,7 +214,7 @@ def run_block(
         return block.mlp(block.norm2(x))
 
     if again:
-        # it stops where the last tensor is back that backward needs: before fc2
+        # the recomputation stops at the last tensor that backward needs: before fc2
         has_random = any(module.training for module in block.mlp.modules())
         y = checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=has_random)
     else:
@@ -224,15 +231,15 @@ def attention(
     tempering: Tempering | None,
     backend: str,
 ) -> Tensor:
-    """attn(x, rope), for an attention that `is_restated`, or these rows of it, which attend to all:
-    x [B, N, C] -> [B, M, C]."""
+    """attn(x, rope) for an attention that `is_restated`, or `rows` of the result; these rows attend
+    to all N tokens: x [B, N, C] -> [B, M, C]."""
     layers = folded_layers(attn, x)
     if layers is None:
         q, k, v = _project_as_timm(attn, x)
         q = attn.q_norm(q if rows is None else q[:, rows])
     elif tempering is None or type(tempering.norm) is not nn.Identity:
         q, k, v = _project(attn, layers, x, rows, 1.0)
-        q = attn.q_norm(q)  # it may be the tempering
+        q = attn.q_norm(q)  # the Tempering, if there is one: it divides q
     else:
         q, k, v = tempering.with_temperature(lambda tau: _project(attn, layers, x, rows, tau))
     k = attn.k_norm(k)
@@ -243,14 +250,14 @@ def attention(
     if groups > 1:
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
     out = attn.norm(attend(q, k, v, backend).flatten(2))
-    gate = getattr(attn, "gate", None)  # timm's gated attention, newer than timm's first 1.0
+    gate = getattr(attn, "gate", None)  # gated attention; older timm 1.0 releases lack it
     if gate is not None:
         out = out * gate(x if rows is None else x[:, rows]).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 
 def _project(attn, layers, x, rows, temperature):
-    """q [B, M, H, d] of the rows, divided by the temperature; k and v [B, N, H', d]."""
+    """q [B, M, H, d] of `rows`, divided by the temperature; k and v [B, N, H', d] of all rows."""
     size, run = attn.head_dim, FrozenProjection.apply
     of_rows = x if rows is None else x[:, rows]
     if len(layers) == 3:
@@ -284,7 +291,7 @@ def _project_as_timm(attn, x):
 
 
 def _rotated(attn, t, rope, first):
-    """t [B, M, H, d], tokens `first` on, with those after the prefix rotated by rope."""
+    """Rotates t [B, M, H, d], the tokens from index `first` on, by rope, except prefix tokens."""
     prefix = max(attn.num_prefix_tokens - first, 0)
     start = max(first - attn.num_prefix_tokens, 0)
     t = t.transpose(1, 2)

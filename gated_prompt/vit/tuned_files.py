@@ -8,10 +8,10 @@ The digests find damage and mix-ups. Who can write the folder can also write dig
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from gated_prompt import __version__
-from gated_prompt.vit.attention import original_norm
+from gated_prompt.vit.backbone_identity import describe, differences_of, identity_of
 from gated_prompt.vit.backbones import create_backbone
 from gated_prompt.vit.checkpoint_file import CheckpointError, first_names
 from gated_prompt.vit.model import GatedPromptViT
+from gated_prompt.vit.options import WrapOptions
 from gated_prompt.vit.prompt_init import DATA_INITS
-from gated_prompt.vit.shortcuts import attention_of, uncompiled
+from gated_prompt.vit.tuned_state import check_model, load_tuned_state_dict, tuned_tensors
 from gated_prompt.vit.wrap import check_backbone, make_tuned, unwrap, wrap
-from gated_prompt.vit.wrapping import has_our_forward, originals_of, unpatched_name
+from gated_prompt.vit.wrapping import has_our_forward, unpatched_name
 
 FORMAT = 1
 TENSORS, CONFIG = "tuned.safetensors", "config.json"
@@ -40,11 +41,6 @@ _MAX_CONFIG = 16 << 20  # bytes; 21,000 long class names and a tuned ViT-g have 
 _MAX_SIDE = 4096  # of an image that a backbone is built for
 _RUN_OPTIONS = ("attention", "memory", "last_block", "frozen_dtype", "prompt_dropout")
 _DTYPES = {str(t)[6:]: t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_INPUT = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-_ROPE = (
-    "temperature", "rotate_half", "in_pixels", "linear_bands", "max_res", "ref_feat_shape",
-    "grid_offset", "grid_indexing", "min_period", "max_period", "normalize_coords",
-)  # fmt: skip
 _DIGEST = "[0-9a-f]{64}"
 _FIELDS = {  # of config.json
     "format": int, "gated_prompt": str, "options": dict, "class_names": (list, type(None)),
@@ -83,7 +79,7 @@ def save_tuned(
         TypeError, ValueError: an argument; a head that `load_tuned` could not make.
         OSError: with the path; also where one of our files is a symbolic link.
     """
-    _check_model("save_tuned", model)
+    check_model("save_tuned", model)
     own_names = getattr(model, "class_names", None)
     if class_names is None and own_names is not None and len(own_names) == model.num_classes:
         class_names = own_names
@@ -97,17 +93,20 @@ def save_tuned(
         )
     _check_can_be_made(model)
     _warn_of_hooks(model)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _tuned(model).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in tuned_tensors(model).items()}
     data = safetensors.torch.save(tensors, {"format": "pt"})
-    dtype = model.options["frozen_dtype"]
+    dtype = model.options.frozen_dtype
     config = {
         "format": FORMAT,
         "gated_prompt": __version__,
-        "options": {**model.options, "frozen_dtype": None if dtype is None else str(dtype)[6:]},
+        "options": {
+            **dataclasses.asdict(model.options),
+            "frozen_dtype": None if dtype is None else str(dtype)[6:],
+        },
         "class_names": None if class_names is None else list(class_names),
         "metrics": metrics,
-        "backbone": _identity(model.backbone, tensors),
-        "tensors": {name: _describe(tensor) for name, tensor in tensors.items()},
+        "backbone": identity_of(model.backbone, tensors),
+        "tensors": {name: describe(tensor) for name, tensor in tensors.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     try:
@@ -163,7 +162,7 @@ def load_tuned(
         config = read_config(folder)
         tensors = _read_tensors(folder, config)
     vit = _build(config["backbone"], folder) if backbone is None else backbone
-    differences = _differences(config["backbone"], _identity(vit, tensors))
+    differences = differences_of(config["backbone"], identity_of(vit, tensors))
     if differences:
         message = f"load_tuned: {str(folder)!r} was tuned on another backbone: {differences}"
         if strict_backbone:
@@ -179,7 +178,7 @@ def load_tuned(
             warnings.filterwarnings("ignore", message=r"wrap: \d+ parameters of vit were trainable")
             model = wrap(vit, **(saved | options))
         try:
-            model.options["prompt_init"] = own_init
+            model.options = dataclasses.replace(model.options, prompt_init=own_init)
             _fit(model, tensors)
             load_tuned_state_dict(model, tensors)
         except BaseException:
@@ -206,105 +205,17 @@ def read_config(folder: str | os.PathLike) -> dict:
         return _parse(file.read(_MAX_CONFIG + 1), path)
 
 
-def tuned_state_dict(model: GatedPromptViT) -> dict[str, Tensor]:
-    """What was tuned, by the names of `model.tuned_parameters()`, and the buffers (of a BatchNorm)
-    beside it; detached, not copied."""
-    _check_model("tuned_state_dict", model)
-    return {name: parameter.detach() for name, parameter in _tuned(model).items()}
-
-
-@torch.no_grad()
-def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) -> None:
-    """Copies what `tuned_state_dict` gave into a model that was wrapped alike.
-
-    Raises:
-        CheckpointError: a tensor missing, unexpected or of another shape: the model has another
-            method, gate, number of prompts or classes. It is as it was.
-    """
-    _check_model("load_tuned_state_dict", model)
-    targets, problems = _tuned(model), []
-    for words, names in (
-        ("missing", targets.keys() - state.keys()),
-        ("unexpected", state.keys() - targets.keys()),
-    ):
-        if names:
-            problems.append(f"{len(names)} tensors {words} ({first_names(sorted(names))})")
-    for name in sorted(targets.keys() & state.keys()):
-        if not isinstance(state[name], Tensor):
-            raise TypeError(f"load_tuned_state_dict: {name} must be a tensor, got {state[name]!r}")
-        wanted, got = list(targets[name].shape), list(state[name].shape)
-        if wanted != got:
-            problems.append(f"{name} must be {wanted}, got {got}")
-    if problems:
-        own = ", ".join(f"{o}={model.options[o]!r}" for o in ("method", "gate", "num_prompts"))
-        raise CheckpointError(
-            f"load_tuned_state_dict: {'; '.join(problems[:5])}; the model has {own} and "
-            f"{model.num_classes} classes"
-        )
-    for name, target in targets.items():
-        target.copy_(state[name])
-
-
 def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
     """The classes, the dtypes and what is tuned of the backbone, as these tensors have it."""
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_(unpatched_name(f"backbone.{name}") in tensors)
     model.reset_classifier(len(tensors["head.weight"]) if "head.weight" in tensors else 0)
-    for name, parameter in _tuned(model).items():
+    for name, parameter in tuned_tensors(model).items():
         if name in tensors and not name.startswith("backbone."):
             parameter.data = parameter.data.to(tensors[name].dtype)
 
 
-# ---- names and identity ----
-
-
-def _check_model(who: str, model) -> None:
-    if not isinstance(model, GatedPromptViT):
-        raise TypeError(
-            f"{who}: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
-            f"or .module), got {type(model).__name__}"
-        )
-    model.require_wrapped(who)
-
-
-def _tuned(model: GatedPromptViT) -> dict[str, Tensor]:
-    """`model.tuned_parameters()`, and what the wrapper and the user have added even where it is
-    frozen; with the state that is no parameter: of what was added, and of the modules of the
-    backbone that have tuned parameters or that track statistics."""
-    tuned = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner, _, last = name.rpartition(".")
-        if name.startswith("backbone."):
-            is_ours = (
-                tensor.requires_grad
-                if isinstance(tensor, nn.Parameter)
-                else _is_beside_what_is_tuned(model, owner)
-            )
-        else:
-            is_ours = True
-            if last == "_extra_state":
-                raise ValueError(
-                    f"tuned_state_dict: the state of a model must be tensors, got extra state of "
-                    f"{owner!r}; save model.state_dict()"
-                )
-        if is_ours:
-            tuned[unpatched_name(name)] = tensor
-    return tuned
-
-
-def _is_beside_what_is_tuned(model: nn.Module, owner: str) -> bool:
-    """Whether a buffer's owner tracks statistics, or is in a module with something tuned."""
-    module = model.get_submodule(owner)
-    if type(module).__module__.startswith("timm."):  # constants
-        return False
-    if hasattr(module, "track_running_stats"):
-        return True
-    while owner != "backbone":
-        flags = [parameter.requires_grad for parameter in model.get_submodule(owner).parameters()]
-        if flags:
-            return any(flags)
-        owner = owner.rpartition(".")[0]
-    return False
+# ---- what can be loaded again ----
 
 
 def _check_can_be_made(model: GatedPromptViT) -> None:
@@ -316,7 +227,9 @@ def _check_can_be_made(model: GatedPromptViT) -> None:
     wanted |= {f"temperatures.{i}": [1] for i in range(len(model.temperatures))}
     if isinstance(model.head, nn.Linear):
         wanted |= {"head.weight": list(model.head.weight.shape), "head.bias": [model.num_classes]}
-    got = {n: list(t.shape) for n, t in _tuned(model).items() if not n.startswith("backbone.")}
+    got = {
+        n: list(t.shape) for n, t in tuned_tensors(model).items() if not n.startswith("backbone.")
+    }
     differing = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
     if differing:
         raise ValueError(
@@ -341,96 +254,6 @@ def _warn_of_hooks(model: GatedPromptViT) -> None:
                 stacklevel=3,
             )
             return
-
-
-def _describe(tensor: Tensor) -> str:
-    """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies; of a quantised one, of the
-    tensors that it is made of."""
-    if hasattr(type(tensor), "__tensor_flatten__"):  # a subclass around other tensors
-        parts = [_describe(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return f"{type(tensor).__name__} {list(tensor.shape)} {digest}"
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
-
-
-def _identity(vit: nn.Module, tuned: Mapping) -> dict:
-    """What tells a backbone from others: as timm has it, but for `tuned` and its own unused head;
-    what the wrapper keeps in another dtype counts as it was."""
-    originals = originals_of(vit)
-    state = {unpatched_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
-    lines = [
-        f"{name} {_describe(originals.get(id(tensor), tensor))}\n"
-        for name, tensor in sorted(state.items())
-        if name not in tuned
-        and re.match(r"backbone\.(?!head\.)", name)
-        and isinstance(tensor, Tensor)
-    ]
-    config = getattr(vit, "pretrained_cfg", None) or {}
-    config = config if isinstance(config, dict) else vars(config)
-    weight = vit.patch_embed.proj.weight
-    identity = {
-        "architecture": config.get("architecture"),
-        "tag": config.get("tag"),
-        "source": getattr(vit, "_gated_prompt_source", None),  # set by load_backbone
-        "global_pool": vit.global_pool,
-        "input": {key: config.get(key) for key in _INPUT},
-        "facts": _facts(vit) | {"dtype": str(originals.get(id(weight), weight).dtype)[6:]},
-        "frozen_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
-    }
-    return json.loads(json.dumps(identity))  # tuples to lists
-
-
-def _facts(vit: nn.Module) -> dict:
-    """What of an architecture decides its results, most of which the tensors don't show."""
-    block, embed, rope = uncompiled(vit.blocks[0]), vit.patch_embed, getattr(vit, "rope", None)
-    attn = attention_of(block)
-
-    def of_blocks(function):
-        """What all blocks have, or a list of what each has."""
-        found = [function(uncompiled(block)) for block in vit.blocks]
-        return found[0] if all(each == found[0] for each in found) else found
-
-    q_norm = getattr(attn, "q_norm", None)
-    q_norm = original_norm(q_norm)
-    registers = getattr(vit, "reg_token", None)
-    norms = {
-        "norm_pre": vit.norm_pre, "norm1": getattr(block, "norm1", None),
-        "q_norm": q_norm, "norm": vit.norm, "fc_norm": vit.fc_norm,
-    }  # fmt: skip
-    return {
-        "model": type(vit).__name__,
-        "block": of_blocks(lambda block: type(block).__name__),
-        "img_size": embed.img_size,
-        "patch_size": embed.patch_size,
-        "in_chans": embed.proj.in_channels,
-        "embed_dim": vit.embed_dim,
-        "depth": len(vit.blocks),
-        "num_heads": getattr(attn, "num_heads", None),
-        "num_prefix_tokens": vit.num_prefix_tokens,
-        "num_reg_tokens": 0 if registers is None else registers.shape[1],
-        "no_embed_class": getattr(vit, "no_embed_class", None),
-        "activation": of_blocks(lambda b: repr(getattr(getattr(b, "mlp", None), "act", None))),
-        **{n: f"{type(m).__name__}, eps={getattr(m, 'eps', None)}" for n, m in norms.items()},
-        "rope": rope and {"kind": type(rope).__name__} | {n: getattr(rope, n, None) for n in _ROPE},
-    }
-
-
-def _differences(saved: dict, got: dict) -> str:
-    """In words; empty if there are none. The architecture first: it explains the rest."""
-    wanted, facts = saved["facts"], got["facts"]
-    words = [
-        f"{name}={wanted[name]!r}, got {facts.get(name)!r}"
-        for name in wanted
-        if wanted[name] != facts.get(name)
-    ]
-    if not words and saved["frozen_sha256"] != got["frozen_sha256"]:
-        (wanted, got) = (f"{i['architecture']}.{i['tag']}, {i['source']}" for i in (saved, got))
-        words = [
-            f"frozen weights, or their names, with another SHA-256 ({wanted!r}), got {got!r}; put "
-            "adapters and the like on the backbone before load_tuned, as they were"
-        ]
-    return "; ".join(words)
 
 
 def _build(saved: dict, folder: Path) -> nn.Module:
@@ -493,7 +316,7 @@ def _parse(data: bytes, path: Path) -> dict:
         raise CheckpointError(f"{str(path)!r} is not JSON as saved: {error}") from None
     is_whole = is_whole and config["sha256"] == hashlib.sha256(unsigned).hexdigest()
     need(is_whole, "was changed after it was saved: its sha256 is not that of its text")
-    known = inspect.signature(wrap).parameters.keys() - {"vit", "init_images"}
+    known = {field.name for field in dataclasses.fields(WrapOptions)}
     strangers = config["options"].keys() - known
     need(
         not strangers,
@@ -540,7 +363,7 @@ def _read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
             raise CheckpointError(f"{who} it {words} {first_names(sorted(names))}")
     for name, tensor in tensors.items():
         (wanted, digest), (got, actual) = (
-            words.rsplit(" ", 1) for words in (config["tensors"][name], _describe(tensor))
+            words.rsplit(" ", 1) for words in (config["tensors"][name], describe(tensor))
         )
         if wanted != got:
             raise CheckpointError(f"{who} {name!r} must be {wanted}, got {got}")

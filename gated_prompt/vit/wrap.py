@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -15,19 +14,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gated_prompt.checks import DTYPES, RULES
-from gated_prompt.modules import (
-    GATES,
-    POSITIONS,
-    PROMPT_INITS,
-    DeepPromptTokens,
-    PromptGate,
-    PromptTokens,
-)
-from gated_prompt.temperature import BACKENDS, TEMPERATURE_RANGE, unavailable_reason
+from gated_prompt.modules import DeepPromptTokens, PromptGate, PromptTokens
 from gated_prompt.vit.model import GatedPromptViT
-from gated_prompt.vit.prompt_init import DATA_INITS
-from gated_prompt.vit.shortcuts import ATTENTIONS, PRE_NORM_BLOCKS, attention_of, uncompiled
+from gated_prompt.vit.options import WrapOptions
+from gated_prompt.vit.prompt_init import DATA_INITS, init_prompts
 from gated_prompt.vit.wrapping import (
     MARK,
     METHODS_OF_TIMM,
@@ -37,11 +27,6 @@ from gated_prompt.vit.wrapping import (
     patched_methods,
     says_patched,
 )
-
-METHODS = ("linear", "full", "bias", "partial-k", "vpt-shallow", "vpt-deep", "gpt", "gpt-deep")
-POOLS = ("cls", "patch", "prompt", "prompt+patch")
-MEMORY = ("default", "low")
-LAST_BLOCK = ("auto", "all-rows", "pooled-rows")
 
 
 def wrap(
@@ -128,12 +113,24 @@ def wrap(
     Source: Yoo et al., ICML 2023, arXiv 2306.05067, sections 3.2 and 3.3; head, prompt
     initialisation and the methods compared as in Jia et al., ECCV 2022 (VPT).
     """
-    options = {
-        name: value for name, value in locals().items() if name not in ("vit", "init_images")
-    }
     check_backbone(vit)
-    _check_options(options)
-    options = _resolve(vit, options, init_images)
+    options = WrapOptions(
+        method=method,
+        num_prompts=num_prompts,
+        gate=gate,
+        rule=rule,
+        gate_init=gate_init,
+        gated_blocks=gated_blocks,
+        temperature=temperature,
+        prompt_position=prompt_position,
+        prompt_dropout=prompt_dropout,
+        prompt_init=prompt_init,
+        pool=pool,
+        attention=attention,
+        memory=memory,
+        last_block=last_block,
+        frozen_dtype=frozen_dtype,
+    ).resolved(vit, has_images=init_images is not None)
     prompts, deep_prompts, gates = make_tuned(vit, options)
     # nothing above has changed vit
     _warn_of_frozen_adapters(vit)
@@ -141,16 +138,16 @@ def wrap(
     if method in ("full", "bias"):
         _thaw(vit, biases_alone=method == "bias")
     elif method.startswith("partial-"):
-        _thaw(nn.ModuleList([*vit.blocks[-_tuned_blocks(method) :], vit.norm, vit.fc_norm]))
+        _thaw(nn.ModuleList([*vit.blocks[-options.tuned_blocks :], vit.norm, vit.fc_norm]))
     try:
         if prompts is not None and init_images is not None:
-            model._init_prompts(init_images, prompt_init)
+            init_prompts(model, init_images, prompt_init)
         if frozen_dtype is not None:
             model._wrapping.narrow(vit, frozen_dtype)
     except Exception:
         unwrap(model)
         raise
-    model._warn_of_coarse_parameters()
+    _warn_of_coarse_parameters(model)
     return model
 
 
@@ -220,134 +217,6 @@ def check_backbone(vit) -> None:
         raise RuntimeError(f"wrap: {says_patched('vit', patched)}")
 
 
-def _check_options(options: dict) -> None:
-    for name in ("num_prompts", "gated_blocks"):
-        value = options[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            if name == "gated_blocks" and value is None:
-                continue
-            raise TypeError(f"wrap: {name} must be an int, got {type(value).__name__}")
-    temperature, dtype = options["temperature"], options["frozen_dtype"]
-    if not isinstance(temperature, (bool, int, float)):
-        raise TypeError(f"wrap: temperature must be a bool or a float, got {temperature!r}")
-    if dtype not in (None, *DTYPES):
-        raise TypeError(f"wrap: frozen_dtype must be one of {DTYPES}, got {dtype!r}")
-    if options["gate_init"] is not None and not math.isfinite(options["gate_init"]):
-        raise ValueError(f"wrap: gate_init must be finite, got {options['gate_init']}")
-    for name, allowed in (
-        ("method", METHODS),
-        ("gate", (None, *GATES)),
-        ("rule", RULES),
-        ("prompt_position", POSITIONS),
-        ("prompt_init", (*PROMPT_INITS, *DATA_INITS)),
-        ("pool", (None, *POOLS)),
-        ("attention", BACKENDS),
-        ("memory", MEMORY),
-        ("last_block", LAST_BLOCK),
-    ):
-        value = options[name]
-        if name == "method" and isinstance(value, str) and re.fullmatch(r"partial-\d+", value):
-            continue
-        if value not in allowed or value == "partial-k":
-            raise ValueError(f"wrap: {name} must be one of {allowed}, got {value!r}")
-    low, high = TEMPERATURE_RANGE
-    if not isinstance(temperature, bool) and not low <= temperature <= high:
-        raise ValueError(f"wrap: temperature must be in [{low}, {high}], got {temperature}")
-    if options["attention"] == "xformers" and unavailable_reason("xformers") is not None:
-        reason = unavailable_reason("xformers")
-        raise RuntimeError(f"wrap: attention='xformers' can't run: {reason}")
-
-
-def _tuned_blocks(method: str) -> int:
-    return int(method.removeprefix("partial-"))
-
-
-def _resolve(vit: nn.Module, options: dict, init_images) -> dict:
-    """The options with every default in place, once they go with vit and with each other."""
-    o, depth = dict(options), len(vit.blocks)
-    method, gate = o["method"], o["gate"]
-    has_prompts = method.startswith(("vpt", "gpt"))
-    if not has_prompts:
-        o["num_prompts"] = 0
-    elif o["num_prompts"] < 1:
-        raise ValueError(
-            f"wrap: num_prompts must be at least 1 for {method}, got {o['num_prompts']}"
-        )
-    if has_prompts and (o["prompt_init"] in DATA_INITS) != (init_images is not None):
-        needed = "needs init_images, got none" if init_images is None else "takes no init_images"
-        raise ValueError(f"wrap: prompt_init={o['prompt_init']!r} {needed}")
-    if method.startswith("partial-") and not 1 <= _tuned_blocks(method) <= depth:
-        raise ValueError(f"wrap: method 'partial-k' needs k in [1, {depth}], got {method!r}")
-    if method.endswith("-deep") and depth == 1:
-        raise ValueError(f"wrap: method {method!r} needs at least 2 blocks, and vit has 1")
-    if not method.startswith("gpt"):
-        o["gated_blocks"], o["temperature"] = 0, False
-    elif gate is None and o["gated_blocks"]:
-        raise ValueError(
-            f"wrap: gated_blocks must be 0 or None without a gate, got {o['gated_blocks']}"
-        )
-    elif o["gated_blocks"] is None:
-        o["gated_blocks"] = 0 if gate is None else depth - 1 if o["rule"] == "mix" else depth
-    if not 0 <= o["gated_blocks"] <= depth:
-        raise ValueError(f"wrap: gated_blocks must be in [0, {depth}], got {o['gated_blocks']}")
-    pool = o["pool"] = _default_pool(vit) if o["pool"] is None else o["pool"]
-    if pool == "prompt" and not has_prompts:
-        raise ValueError(f"wrap: pool='prompt' needs prompts, and method {method!r} has none")
-    if pool == "cls" and vit.cls_token is None:
-        raise ValueError("wrap: pool='cls' needs a class token, and vit has none")
-    is_last_gated = o["gated_blocks"] == depth
-    if o["last_block"] == "auto":
-        is_worth = has_prompts and pool in ("cls", "prompt") and not is_last_gated
-        is_pooled = is_worth and _is_known(vit.blocks[-1]) and _has_known_attention(vit.blocks[-1])
-        o["last_block"] = "pooled-rows" if is_pooled else "all-rows"
-    elif o["last_block"] == "pooled-rows" and is_last_gated:
-        raise ValueError(
-            "wrap: last_block='pooled-rows' needs a last block without a gate, got gated_blocks="
-            f"{depth} of {depth}"
-        )
-    is_low, is_pooled = o["memory"] == "low", o["last_block"] == "pooled-rows"
-    for block in vit.blocks if is_low else vit.blocks[-1:] if is_pooled else ():
-        if not _is_known(block):
-            raise TypeError(
-                f"wrap: memory={o['memory']!r} and last_block={o['last_block']!r} need timm's "
-                f"Block or EvaBlock, got {type(block).__module__}.{type(block).__name__}; "
-                "memory='default' and last_block='all-rows' take any"
-            )
-    needs_all = o["temperature"] is not False or o["attention"] not in ("auto", "sdpa")
-    for block in vit.blocks if needs_all else vit.blocks[-1:] if is_pooled else ():
-        if not _has_known_attention(block):
-            attn = attention_of(block)
-            raise TypeError(
-                "wrap: attn of each block must be a timm.layers.Attention or AttentionRope, or "
-                "a timm.models.eva.EvaAttention, for a temperature (temperature=False: none), "
-                f"an attention= and pooled rows, got {type(attn).__module__}."
-                f"{type(attn).__name__}; shard and replace it after wrap"
-            )
-    return o
-
-
-def _default_pool(vit: nn.Module) -> str:
-    config = getattr(vit, "pretrained_cfg", None) or {}
-    tag = config.get("tag") if isinstance(config, dict) else getattr(config, "tag", None)
-    source = getattr(vit, "_gated_prompt_source", None)  # set by load_backbone
-    if source == "mae" or (tag is not None and tag.split(".")[-1].startswith("mae")):
-        return "prompt+patch"
-    if vit.global_pool == "token":
-        return "cls"
-    if getattr(vit, "pool_include_prefix", False):
-        raise ValueError(
-            f"wrap: pool must be one of {POOLS}, got None, for a backbone with "
-            "pool_include_prefix=True, whose pool has the class token among the patches"
-        )
-    if vit.global_pool == "avg" and isinstance(vit.norm, nn.Identity):
-        return "patch"
-    raise ValueError(
-        f"wrap: pool must be one of {POOLS}, got None, for a backbone with global_pool="
-        f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}, which norms before it "
-        "pools; here the norm comes after"
-    )
-
-
 def _warn_of_frozen_adapters(vit: nn.Module) -> None:
     """Where most of vit is frozen already, what is not is what somebody wants to tune."""
     trainable = {name: p.numel() for name, p in vit.named_parameters() if p.requires_grad}
@@ -360,36 +229,39 @@ def _warn_of_frozen_adapters(vit: nn.Module) -> None:
         )
 
 
-def _is_known(block: nn.Module) -> bool:
-    """Whether it is x + scale(attn(norm1(x))), then x + scale(mlp(norm2(x)))."""
-    return type(uncompiled(block)) in PRE_NORM_BLOCKS
-
-
-def _has_known_attention(block: nn.Module) -> bool:
-    return type(attention_of(block)) in ATTENTIONS
+def _warn_of_coarse_parameters(model: GatedPromptViT) -> None:
+    coarse = {p.dtype for p in model.parameters() if p.requires_grad}
+    coarse -= {torch.float32, torch.float64}
+    if coarse:
+        warnings.warn(
+            f"wrap: method {model.method!r} tunes parameters of the backbone in "
+            f"{', '.join(map(str, coarse))}, where small steps of an optimiser are lost; give "
+            "it a float32 backbone and use torch.autocast",
+            stacklevel=3,
+        )
 
 
 # ---- what is tuned ----
 
 
-def make_tuned(vit: nn.Module, o: dict):
+def make_tuned(vit: nn.Module, options: WrapOptions):
     """PromptTokens or None, DeepPromptTokens or None, gates."""
-    sizes = {"dim": vit.embed_dim, "num_prompts": o["num_prompts"]}
+    sizes = {"dim": vit.embed_dim, "num_prompts": options.num_prompts}
     gates = [
-        PromptGate(o["gate"], o["rule"], init=o["gate_init"], **sizes)
-        for _ in range(o["gated_blocks"])
+        PromptGate(options.gate, options.rule, init=options.gate_init, **sizes)
+        for _ in range(options.gated_blocks)
     ]
-    if o["num_prompts"] == 0:
+    if options.num_prompts == 0:
         return None, None, gates
     prompts = PromptTokens(
-        o["num_prompts"],
+        options.num_prompts,
         vit.embed_dim,
-        position=o["prompt_position"],
-        dropout=o["prompt_dropout"],
-        init="uniform" if o["prompt_init"] in DATA_INITS else o["prompt_init"],
+        position=options.prompt_position,
+        dropout=options.prompt_dropout,
+        init="uniform" if options.prompt_init in DATA_INITS else options.prompt_init,
         patch_dim=vit.patch_embed.proj.weight[0].numel(),
     )
-    is_deep = o["method"].endswith("-deep")
+    is_deep = options.method.endswith("-deep")
     return prompts, DeepPromptTokens(prompts, len(vit.blocks)) if is_deep else None, gates
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `wrap` changes of a timm model, and how that is undone."""
+"""The changes that `wrap` makes to a timm model, and how they are undone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from gated_prompt.vit.attention import Tempering, original_norm
 from gated_prompt.vit.shortcuts import is_untouched
 
-MARK = "_gated_prompt_wrapping"  # on the timm model, while it is wrapped
-METHODS_OF_TIMM = {  # that the wrapper restates, as they were when this was imported
+MARK = "_gated_prompt_wrapping"  # the attribute of a wrapped timm model that has its Wrapping
+METHODS_OF_TIMM = {  # methods that the wrapper restates, as they were when this was imported
     name: (getattr(VisionTransformer, name), getattr(Eva, name))
     for name in ("forward_head", "pool", "forward_features", "forward")
 }
@@ -25,11 +25,11 @@ _CONTAINERS = (nn.Sequential.forward, nn.ModuleList.forward)
 
 
 class Wrapping:
-    """What `wrap` changes of a timm model, and what it was.
+    """Changes a timm model for `wrap`, and records what to restore.
 
-    It lies on the model, so that a model whose wrapper was lost, and a copy of a wrapped model, can
-    be unwrapped, too. Parameters are remembered by module and name: `load_state_dict(assign=True)`
-    and others put new ones in their place.
+    It is an attribute of the timm model, so a model whose wrapper was lost, or a copy of a wrapped
+    model, can be unwrapped too. It remembers parameters by module and name, because
+    `load_state_dict(assign=True)` and others replace them.
     """
 
     def __init__(self, vit: nn.Module):
@@ -63,12 +63,12 @@ class Wrapping:
                 parameter.data = parameter.data.to(dtype)
 
     def originals(self) -> dict[int, Tensor]:
-        """{id of a parameter: its value in the dtype that it had}, of those that were narrowed."""
+        """{id of a parameter: its value in its original dtype}, for all narrowed parameters."""
         found = {}
         for module, name, original in self.narrowed:
             for parameter in _parameters_now(module, name):
                 now = parameter.data.cpu()
-                is_old = torch.equal(original.to(now.dtype), now)  # else others were loaded
+                is_old = torch.equal(original.to(now.dtype), now)  # False: new values were loaded
                 found[id(parameter)] = original if is_old else now.to(original.dtype)
         return found
 
@@ -85,7 +85,7 @@ class Wrapping:
         for module in [
             m for m in vit.modules() if isinstance(getattr(m, "q_norm", None), Tempering)
         ]:
-            module.q_norm = original_norm(module.q_norm)  # a copy's
+            module.q_norm = original_norm(module.q_norm)  # of a copied attention
         originals = self.originals()
         for parameter in vit.parameters():
             if id(parameter) in originals:
@@ -98,13 +98,13 @@ class Wrapping:
 
 
 def is_wrapped(vit: nn.Module) -> bool:
-    """Whether a wrapper uses this timm model; no copy of such a model is in use."""
+    """True if a wrapper uses this timm model. A copy of a wrapped model is not in use."""
     wrapping = vars(vit).get(MARK)
     return wrapping is not None and wrapping.is_in_use(vit)
 
 
 def originals_of(vit: nn.Module) -> dict[int, Tensor]:
-    """{id of a parameter: its value as it was} of those that frozen_dtype has narrowed."""
+    """{id of a parameter: its value in its original dtype}, for all that frozen_dtype narrowed."""
     return vars(vit)[MARK].originals() if MARK in vars(vit) else {}
 
 
@@ -116,8 +116,8 @@ def _own_parameters(model: nn.Module):
 
 
 def _parameters_now(module: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameter of this name, or what pruning, weight norm or a parametrisation has made of
-    it."""
+    """The parameter of this name, or the parameters into which pruning, weight norm or a
+    parametrisation turned it."""
     own = module._parameters
     found = [own.get(name + end) for end in ("", "_orig", "_g", "_v")]
     if parametrize.is_parametrized(module, name):
@@ -126,13 +126,13 @@ def _parameters_now(module: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def callable_parts(vit: nn.Module) -> list[nn.Module]:
-    """The timm model and its sequence of blocks, whose calls the wrapper fills with its own work:
-    so their hooks, and what shards or offloads their own parameters, take part."""
+    """The timm model and its sequence of blocks. The wrapper does its work inside calls of these
+    modules, so that their hooks run and tools that shard or offload their parameters work."""
     return [vit, *([vit.blocks] if isinstance(vit.blocks, nn.Sequential) else [])]
 
 
 def _forward_or_run(module: nn.Module, x: Tensor, *args, run: Callable | None = None, **kwargs):
-    """In place of the forward of the instance."""
+    """The forward of the instance while wrapped: run(x), or the class's forward without run."""
     return type(module).forward(module, x, *args, **kwargs) if run is None else run(x)
 
 
@@ -141,22 +141,23 @@ def has_our_forward(module: nn.Module) -> bool:
 
 
 def inside(module: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """run(x), inside of a call of the module."""
-    if has_our_forward(module) or hasattr(module, "_hf_hook"):  # accelerate's is around ours
+    """run(x), inside a call of the module."""
+    # _hf_hook: accelerate has replaced our forward by one that calls it
+    if has_our_forward(module) or hasattr(module, "_hf_hook"):
         if torch.compiler.is_compiling():
             return module(x, run=run)
         calls = []
         out = module(x, run=lambda x: calls.append(x) or run(x))
         if not calls:
             raise RuntimeError(
-                f"GatedPromptViT: a hook of {type(module).__name__} has dropped the argument `run` "
-                "by which the wrapper does its work; it must return the kwargs that it is given"
+                f"GatedPromptViT: a hook of {type(module).__name__} has dropped the argument "
+                "`run`, which the wrapper needs; the hook must return all kwargs that it gets"
             )
         return out
     if not is_untouched(module):
         raise RuntimeError(
-            f"GatedPromptViT: the forward of {type(module).__name__} was replaced after wrap, or "
-            "the module itself, and it has hooks; unwrap, and wrap again"
+            f"GatedPromptViT: after wrap, the forward of {type(module).__name__} was replaced, or "
+            "the module itself by one with hooks; unwrap, and wrap again"
         )
     return run(x)
 
@@ -166,12 +167,13 @@ _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 
 def unpatched_name(name: str) -> str:
     """A parameter's name without the parts that `wrap`, torch.compile, FSDP and checkpoint wrappers
-    put in."""
+    insert."""
     return _WRAPPERS.sub("", name).replace(".attn.q_norm.norm.", ".attn.q_norm.")
 
 
 def patched_methods(vit: nn.Module) -> list[str]:
-    """Which of timm's methods that the wrapper restates are not timm's."""
+    """Names of the methods that the wrapper restates and that are not timm's on this model; and
+    "blocks (type)", if the blocks are not a plain container."""
     found = [name for name in METHODS_OF_TIMM if name in vars(vit) and name != "forward"]
     found += [n for n, known in METHODS_OF_TIMM.items() if getattr(type(vit), n) not in known]
     is_container = isinstance(vit.blocks, (nn.Sequential, nn.ModuleList))
@@ -182,6 +184,20 @@ def patched_methods(vit: nn.Module) -> list[str]:
 def says_patched(owner: str, names: list[str]) -> str:
     return (
         f"the instance {owner} (or its blocks) has its own {', '.join(names)}, which would "
-        "not run, since the wrapper does this work; wrap first, then let others (accelerate) "
-        "attach themselves, or patch the modules inside"
+        "not run, because the wrapper does this work; patch the modules inside instead, and "
+        "apply accelerate after wrap"
     )
+
+
+def train_what_is_tuned(module: nn.Module, mode: bool) -> None:
+    """Sets the mode of a backbone. A module is in `mode` if all its parameters are tuned, or if it
+    is an adapter: not torch's or timm's, with a tuned parameter. All others are in eval mode."""
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    is_foreign = not type(module).__module__.startswith(("torch.nn.modules.", "timm."))
+    is_tuned = any(flags) and (is_foreign or all(flags))
+    module.training = mode and is_tuned
+    for child in module.children():
+        if not any(flags) or next(child.parameters(), None) is None:
+            child.train(mode and is_tuned)
+        else:
+            train_what_is_tuned(child, mode)
