@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a backward may write into the gradient that it was given.
+"""Decides whether a backward may write into its incoming gradient.
 
-A backward may rescale the incoming gradient in place, instead of a copy, only if nothing else can
-see it. A gradient that only autograd's engine holds has the same three reference counts each time;
-any other holder raises one of them: another node that the gradient is on its way to, the caller who
-passed it in, a hook that keeps it, a tensor of which it is a view. One exception is known: memory
-of numpy that a backward returns looks as if nobody else had it. It looks so to the engine as well,
-which adds to it in place.
+A backward may rescale the incoming gradient in place, instead of copying it, only if no other code
+can see that tensor. A gradient that only autograd's engine holds always has the same three
+reference counts: of the tensor in C++, of the tensor in Python, and of its storage. Any other
+holder raises one of them: another node that will receive the gradient, a caller who passed it in, a
+hook that keeps it, a tensor that it is a view of. One exception is known: if a backward returns
+memory of a numpy array, the counts do not show the array. PyTorch's engine has the same blind spot
+and also adds to such memory in place.
 """
 
 from __future__ import annotations
@@ -35,19 +36,23 @@ def _uses(argument):
 
 
 def uses_of_an_argument():
-    """Of one that nobody else has. It is one more where frames are evaluated by torch.compile, as
-    they are in the whole process after a compilation has failed."""
+    """The reference count, inside a function, of an argument that has no other reference.
+
+    It is one higher when torch.compile evaluates the frames. After a failed compilation,
+    torch.compile does so in the whole process.
+    """
     nobody_else_has = object()
     return _uses(nobody_else_has)
 
 
 def use_counts(grad):
-    """Uses of an argument; of the tensor, in C++ and in Python, and of its storage. None: they
-    don't tell.
+    """Returns uses_of_an_argument() and the three counts (tensor in C++ and Python, storage).
 
-    The storage is asked by its address: grad.untyped_storage() would count as a use for as long as
-    the storage lives, and the engine, which asks the same, would then add the next gradient to this
-    one out of place.
+    Returns None if they are not available.
+
+    The storage is looked up by its address. grad.untyped_storage() would itself count as a use for
+    as long as the storage lives. The engine reads the same count, and would then add the next
+    gradient to this one out of place.
     """
     if grad is None or is_mapped(grad) or grad.is_meta or not _CAN_COUNT:
         return None
@@ -56,9 +61,10 @@ def use_counts(grad):
 
 
 class Probe(torch.autograd.Function):
-    """Measures the counts of a gradient that is nobody else's, called as our own backwards are."""
+    """Measures the counts of an unshared gradient. Its backward is called in the same way as the
+    backwards in autograd.py."""
 
-    counts: ClassVar = {}  # {uses of an argument: the others}, as measured
+    counts: ClassVar = {}  # {uses_of_an_argument(): the three counts}
 
     @staticmethod
     def forward(ctx, x):
@@ -73,39 +79,40 @@ class Probe(torch.autograd.Function):
 
 
 def _is_observed() -> bool:
-    """Whether Python looks on at each op (FakeTensorMode, FlopCounterMode): counts differ then."""
+    """True if a Python mode sees each op (FakeTensorMode, FlopCounterMode): counts differ then."""
     return dispatch_modes() > 0
 
 
 def _is_debugged() -> bool:
-    """Whether a debugger or profiler may hold the variables of our frames."""
-    monitoring = getattr(sys, "monitoring", None)  # Python 3.12 on
+    """True if a debugger or profiler may hold references to local variables of our frames."""
+    monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
     tools = () if monitoring is None else map(monitoring.get_tool, range(6))
     return bool(sys.gettrace() or sys.getprofile() or any(tools))
 
 
 def calibrate() -> None:
-    """Measures the counts of a gradient that nobody else has; once for each number of uses of an
-    argument. It waits for the first gate that runs undisturbed."""
+    """Measures the counts of an unshared gradient, once for each value of uses_of_an_argument().
+
+    If something would disturb the counts, nothing is measured, and the next gate tries again.
+    """
     if not _REUSES_GRADIENTS or torch.is_inference_mode_enabled():
         return
     if _is_observed() or _is_debugged() or compiles_autograd():
         return
-    with torch.enable_grad():  # nothing here saves a tensor: hooks of the caller see none
+    with torch.enable_grad():  # saves no tensor, so the caller's saved-tensor hooks do not run
         leaf = torch.zeros((), requires_grad=True, device="cpu")
-        Probe.apply(leaf.clone()).neg().sum().backward()  # neg makes a gradient of its own
+        Probe.apply(leaf.clone()).neg().sum().backward()  # neg's backward makes a new tensor
 
 
 def is_reusable(grad, counts) -> bool:
-    """Whether a backward may write into `grad`. counts: `use_counts`, asked first in its frame."""
+    """True if a backward may write into `grad`. counts: the result of `use_counts`, which the
+    backward must call before anything else. Views, such as an expanded or a lazily negated
+    gradient, share their storage, so their counts differ."""
     return (
         counts is not None
         and Probe.counts.get(counts[0]) == counts[1]
         and _REUSES_GRADIENTS
-        and not grad.requires_grad
-        and not torch.is_grad_enabled()
-        and grad.is_contiguous()
-        and not grad.is_neg()
+        and not torch.is_grad_enabled()  # create_graph=True: a graph may save what we would write
+        and grad.is_contiguous()  # its elements may overlap
         and not _is_observed()
-        and not torch.compiler.is_compiling()
     )

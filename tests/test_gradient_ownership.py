@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backward may write into the gradient it is given only if nobody else can ever see it."""
+"""A backward may write into its incoming gradient only if nothing else can ever see it."""
 
 import contextlib
 import mmap
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class _Identity(torch.autograd.Function):
-    """Passes the gradient on, the very same tensor, after `see` has seen it."""
+    """Identity whose backward calls `see` with the gradient and returns the same tensor."""
 
     @staticmethod
     def forward(ctx, x, see):
@@ -41,7 +41,7 @@ class _Identity(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """A loss of two tensors, whose gradients are what `make` returns."""
+    """A loss of two tensors; `make` returns their gradients."""
 
     @staticmethod
     def forward(ctx, a, b, make):
@@ -54,7 +54,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _SavedGradient(torch.autograd.Function):
-    """A loss that has its gradient from the forward pass, as fused losses do."""
+    """A loss whose gradient is saved in forward, as in fused losses."""
 
     @staticmethod
     def forward(ctx, x, grad):
@@ -67,7 +67,7 @@ class _SavedGradient(torch.autograd.Function):
 
 
 class Gated:
-    """A gate, and `early`: a tensor that backward reaches after the gate."""
+    """A gate, and `early`, a tensor that backward reaches after the gate."""
 
     def __init__(self, gate="scalar", rule="mix"):
         self.module = gp.PromptGate(gate, rule, dim=D, num_prompts=P, init=0.3).double()
@@ -93,10 +93,10 @@ class Gated:
             torch.testing.assert_close(leaf.grad, wanted, rtol=1e-10, atol=1e-12)
 
 
-# ---- who else may have the gradient ----
+# ---- who else may hold the gradient ----
 #
-# Each function runs a backward and returns what gradient the gate was given, and [(what another
-# holder has afterwards, what it should be)].
+# Each function runs a backward. It returns the gradient that the gate received, and a list of
+# (what another holder has afterwards, what it should have).
 
 
 def _added(total):
@@ -190,7 +190,7 @@ def _two_backwards_of_saved_only(s):
 
 
 def _made_by(make):
-    """make(w, early's shape) -> (gradient of the gate, gradient of early, holders of w)."""
+    """make(w) -> (gradient for the gate, gradient for `early` or None, *other holders of w)."""
 
     def run(s):
         holders = []
@@ -279,7 +279,7 @@ def test_shared_gradient_stays_and_all_gradients_are_right(sharing, gate):
 
 
 def test_memory_of_numpy_that_a_backward_returns_is_the_engines():
-    """To PyTorch's engine, which adds to it, as to ours: its counts are those of any other."""
+    """By its counts nothing else holds this memory, so PyTorch adds to it in place, as we do."""
 
     class FromNumpy(torch.autograd.Function):
         @staticmethod
@@ -302,7 +302,7 @@ def test_memory_of_numpy_that_a_backward_returns_is_the_engines():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_two_gates_on_one_gradient(gate):
-    """Whichever runs last may have it for itself; neither may see what the other made of it."""
+    """The backward that runs last may reuse the gradient; neither may see what the other wrote."""
     for order in (0, 1):
         s = Gated(gate)
         second = s.second_gate()
@@ -348,7 +348,7 @@ def _from_storage(storage):
     return torch.empty(0, dtype=torch.float64).set_(storage, 0, (B, N, D))
 
 
-KEPT = {  # what is kept, and how it is read later
+KEPT = {  # name: (what a hook keeps of the gradient, how to read it later)
     "itself": (lambda g: g, lambda t: t),
     "twice": (lambda g: [g, g], lambda ts: ts[1]),
     "detached": (lambda g: g.detach(), lambda t: t),
@@ -388,7 +388,7 @@ def _upstream_function(out, keep):
 
 
 def _retaining_hook(out, keep):
-    out.register_hook(lambda grad: keep(grad) and None)
+    out.register_hook(keep)
     out.register_hook(lambda grad: grad.view_as(grad))
 
 
@@ -404,8 +404,6 @@ def test_what_a_hook_keeps_of_a_gradient_stays(what, hook):
         out = hook(s.out, lambda grad, kept=kept: kept.append(keep(grad)))
         ((s.out if out is None else out) * s.w).sum().backward()
         s.assert_gradients(s.w)
-        if hook is _node_hook and what == "shared memory":
-            continue  # moved after the gate has run
         assert torch.equal(read(kept[0]), s.w), "a kept gradient was written"
 
 
@@ -446,7 +444,7 @@ def test_batched_gradients_stay():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_one_gradient_for_the_sequence_and_its_carrier(gate):
-    """P = N: the same tensor arrives twice in one node."""
+    """With P = N, one tensor arrives twice at the same node."""
     module = gp.PromptGate(gate, dim=D, num_prompts=N, init=0.3).double()
     leaves = [torch.randn(B, N, D, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     w = torch.randn(B, N, D, dtype=torch.float64)
@@ -461,12 +459,12 @@ def test_one_gradient_for_the_sequence_and_its_carrier(gate):
     torch.testing.assert_close([t.grad for t in leaves], list(wanted))
 
 
-# ---- what is nobody else's is re-used ----
+# ---- a gradient that nothing else holds is reused ----
 
 
 @pytest.fixture
 def reused(monkeypatch):
-    """One bool for each incoming gradient from now on: whether it was re-used."""
+    """A list that gets one bool for each incoming gradient from now on: True if it was reused."""
     decisions, decide = [], autograd.is_reusable
 
     def spy(grad, counts):
@@ -495,7 +493,7 @@ def test_a_gradient_of_ones_own_is_written_in_place(gate, inplace):
     w = torch.randn(B, N, D)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         (out * w).sum().backward()
-    assert pointers[0] == pointers[1], "a copy was made of a gradient that nobody else has"
+    assert pointers[0] == pointers[1], "a gradient that nothing else holds was copied"
     assert "aten::clone" not in {event.key for event in profiled.key_averages()}
 
 
@@ -517,8 +515,45 @@ def test_these_gradients_are_owned(owned, reused):
     assert reused == [True]
 
 
+def test_a_gradient_that_overlaps_itself_is_copied(reused):
+    """It is not a view of another tensor, so its counts are those of an owned gradient."""
+    s = Gated()
+
+    def make():
+        overlapping = torch.empty_strided((B, N, D), (0, D, 1), dtype=torch.float64)
+        return overlapping.fill_(2.0), None
+
+    _Loss.apply(s.out, s.early, make).backward()
+    s.assert_gradients(torch.full_like(s.w, 2.0))
+    assert reused == [False]
+
+
+def test_a_gradient_is_copied_while_a_graph_of_gradients_is_made(reused):
+    s = Gated()
+    loss = _Loss.apply(s.out, s.early, lambda: (s.w.clone(), None))
+    loss.backward(create_graph=True, inputs=s.leaves)
+    s.assert_gradients(s.w)
+    assert reused == [False]
+
+
+@pytest.mark.parametrize("needs_h", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_lazily_negated_gradient_is_resolved(gate, needs_h):
+    s = Gated(gate)
+    if not needs_h:
+        s.h.requires_grad_(False)
+        s.out = s.module(s.h * 1, s.x, 1, P)
+    leaves = [leaf for leaf in s.leaves if leaf.requires_grad]
+    negated = torch._neg_view(s.w.clone())
+    assert negated.is_neg()
+    gradients = torch.autograd.grad(s.out, leaves, negated)
+    plain = torch.autograd.grad(s.module(s.h * 1, s.x, 1, P), leaves, -s.w)
+    for got, wanted in zip(gradients, plain, strict=True):
+        assert torch.equal(got, wanted)
+
+
 class Block(nn.Module):
-    """timm's: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A block like timm's: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self):
         super().__init__()
@@ -537,7 +572,7 @@ DEPTH = 6
 
 
 class Chain(nn.Module):
-    """Blocks, a gate after each but the last, over prompts in a residual stream."""
+    """Blocks on a residual stream with prompts, and a gate after each block except the last."""
 
     def __init__(self, gate, carries=True, checkpointed=None, rule="mix"):
         super().__init__()
@@ -579,8 +614,8 @@ def test_every_gate_of_a_residual_stream_reuses_its_gradient(gate, carries, reus
 
 @pytest.mark.parametrize("gate", GATES)
 def test_carriers_make_no_dense_gradient(gate):
-    """Neither copies nor zero-padded gradients beyond those of the chain without gates; and where
-    that adds gradients in place, so does this (for which nothing of ours may hold their storage).
+    """The chain makes no more copies and zero-padded gradients than the chain without gates. Where
+    that one adds gradients in place, so does this one: our code must not hold their storage.
     """
     names = ("clone", "zeros", "zeros_like", "new_zeros", "slice_backward", "slice_scatter", "add")
 
@@ -594,19 +629,19 @@ def test_carriers_make_no_dense_gradient(gate):
     bare = count(Chain(None))
     assert count(Chain(gate)) == bare
     dense = count(Chain(gate, carries=False))
-    assert dense["slice_backward"] == bare["slice_backward"] + DEPTH - 1  # what they spare
+    assert dense["slice_backward"] == bare["slice_backward"] + DEPTH - 1  # what carriers avoid
 
 
 @pytest.mark.parametrize("checkpointed", [None, True, False])
 @pytest.mark.parametrize("carries", [True, False])
 @pytest.mark.parametrize("gate", GATES)
-def test_chain_has_the_same_bits_without_reuse(gate, carries, checkpointed, monkeypatch):
+def test_chain_has_the_same_bits_without_reuse(gate, carries, checkpointed, monkeypatch, reused):
     chain, images = Chain(gate, carries, checkpointed), torch.randn(B, N, D)
 
     def gradients():
         return torch.autograd.grad(chain(images), chain.trained)
 
-    if checkpointed:  # reentrant checkpoints have no autograd.grad
+    if checkpointed:  # reentrant checkpoints do not support autograd.grad
 
         def gradients():
             for p in chain.trained:
@@ -615,9 +650,13 @@ def test_chain_has_the_same_bits_without_reuse(gate, carries, checkpointed, monk
             return [p.grad for p in chain.trained]
 
     wanted = gradients()
+    assert any(reused) == (not checkpointed)  # a reentrant checkpoint holds each gradient itself
+    reused.clear()
     monkeypatch.setattr(gradient_ownership, "_REUSES_GRADIENTS", False)
     for a, b in zip(gradients(), wanted, strict=True):
         assert torch.equal(a, b)
+    assert reused
+    assert not any(reused)
 
 
 def test_environment_variable_turns_reuse_off():
@@ -704,7 +743,7 @@ def _small_gate():
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """As in a fresh process; returns the counts that are right."""
+    """Removes the measured counts, as in a fresh process; returns the right counts."""
     monkeypatch.setattr(gradient_ownership.Probe, "counts", {})
     _small_gate()
     right, gradient_ownership.Probe.counts = gradient_ownership.Probe.counts, {}
@@ -718,7 +757,7 @@ def _assert_kept_gradients_stay():
         out.register_hook(lambda g, kept=kept, n=references: kept.extend([g] * n))
         w = torch.randn(B, N, D)
         (out * w).sum().backward()
-        assert all(torch.equal(grad, w) for grad in kept), f"written: {references} references"
+        assert all(torch.equal(grad, w) for grad in kept), f"written, with {references} references"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -728,7 +767,9 @@ def test_first_gate_anywhere_measures_the_right_counts_or_none(context, unmeasur
         _small_gate()
     assert gradient_ownership.Probe.counts in ({}, unmeasured)
     _assert_kept_gradients_stay()
-    assert reused == [True] + [False] * 5, "what is owned must be re-used afterwards"
+    assert reused == [True] + [False] * 5, (
+        "only the gradient that no hook keeps may be reused, and it must be"
+    )
 
 
 AFTER_A_FAILED_COMPILATION = """
@@ -760,8 +801,8 @@ print(reused)
 
 @pytest.mark.parametrize("gate_before", [False, True])
 def test_after_a_failed_compilation(gate_before):
-    """In a process of its own: torch goes on to evaluate frames by itself, and calls then have one
-    more use of each argument."""
+    """Runs in a subprocess: after a failed compilation torch keeps evaluating frames itself, and a
+    call then holds one more reference to each argument."""
     tests = Path(__file__).parent
     script = AFTER_A_FAILED_COMPILATION.format(tests=str(tests), gate_before=gate_before)
     command = [sys.executable, "-c", script]
@@ -809,7 +850,7 @@ def test_measuring_disturbs_nothing(unmeasured):
     state = torch.get_rng_state()
     h = torch.zeros(B, N, D, requires_grad=True)
     logit = torch.zeros((), requires_grad=True)
-    for _ in range(2):  # the first one measures
+    for _ in range(2):  # the first iteration measures
         with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t), torch.no_grad():
             gp.prompt_gate(h, h, logit, 1, P)
         assert not torch.is_grad_enabled() or gradient_ownership.Probe.counts == unmeasured
@@ -836,7 +877,7 @@ def test_no_reuse_while_a_mode_looks_on(gate, reused):
     s.assert_gradients(s.w)
 
 
-# ---- and all of it at once ----
+# ---- random graphs, and threads ----
 
 
 STEPS = (
@@ -846,7 +887,7 @@ STEPS = (
 
 
 class _RandomGraph:
-    """A graph of gates and of ops that share, keep, view or make gradients; the same for a seed."""
+    """A graph of gates and of ops that share, keep, view or make gradients; the seed defines it."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -934,7 +975,7 @@ def _two_gates_and_a_hook(seed):
 
 
 def test_threads_do_not_mix_up_their_gradients(unmeasured):
-    """Four at once, the first gate of all among them."""
+    """Four threads run at the same time; the first gate of the process is in one of them."""
     results, start = {}, threading.Barrier(4)
 
     def work(index):
@@ -953,13 +994,16 @@ def test_threads_do_not_mix_up_their_gradients(unmeasured):
 
 # ---- on CUDA ----
 #
-# The counts are measured by a backward on the CPU, in the thread of the caller; on CUDA backwards
-# run in a thread of the engine's.
+# The counts are measured by a backward on the CPU, in the caller's thread. On CUDA, a backward runs
+# in a thread of the autograd engine.
 
 
 def on_cuda(gate):
-    """A chain of two gates: where the gradients behind it, between them and before it will lie, and
-    what is to be differentiated."""
+    """Builds a chain of two gates.
+
+    Returns a list and the output. Backward fills the list with the addresses of the gradients
+    after, between and before the gates.
+    """
     modules = [gp.PromptGate(gate, dim=D, num_prompts=P, init=0.3).cuda() for _ in range(2)]
     x = torch.randn(B, N, D, device="cuda", requires_grad=True)
     pointers, see = [], lambda grad: pointers.append(grad.data_ptr())
@@ -977,13 +1021,13 @@ def test_gates_on_cuda_write_into_a_gradient_of_their_own(gate, reused):
     (out * w).sum().backward()
     assert reused == [True, True]
     assert len(pointers) == 3
-    assert len(set(pointers)) == 1, "a copy was made of a gradient that nobody else has"
+    assert len(set(pointers)) == 1, "a gradient that nothing else holds was copied"
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("gate", GATES)
 def test_a_shared_gradient_on_cuda_stays(gate):
-    """Given by the caller; on its way to another node; kept by a hook."""
+    """The other holder is the caller, then another node, then a hook."""
     w = torch.randn(B, N, D, device="cuda")
     given = w.clone()
     on_cuda(gate)[1].backward(given)
