@@ -10,7 +10,8 @@
 namespace gated_prompt {
 namespace {
 
-// Tasks of about 8192 elements; below some four of them a second thread costs more than it brings.
+// A thread gets at least 4 * kTaskElements elements: with fewer, a second thread costs more time
+// than it saves.
 template <class Run>
 void in_parallel(const PromptGateParams& p, Run run) {
   const Tasks tasks = tasks_of(p);
@@ -18,8 +19,8 @@ void in_parallel(const PromptGateParams& p, Run run) {
   torch::stable::parallel_for(0, tasks.count, grain, run);
 }
 
-// The Backend of bindings.h and bindings_temperature.h. Its ops are registered for CPU tensors
-// alone.
+// The Backend of bindings.h and bindings_temperature.h. It need not check the device: its ops are
+// registered only for CPU tensors.
 struct Cpu {
   Cpu(const Tensor&, const char*, const char*) {}
 
@@ -43,7 +44,7 @@ struct Cpu {
   void dot(const ScaledDotParams& p) const {
     const DotTasks tasks = dot_tasks_of(p);
     const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(tasks.count)]);
-    const int64_t grain = 4 * kTaskElements / kDotTaskElements;  // four tasks, as in in_parallel
+    const int64_t grain = 4 * kTaskElements / kDotTaskElements;  // as in in_parallel
     torch::stable::parallel_for(0, tasks.count, grain, [&](int64_t begin, int64_t end) {
       scaled_dot_cpu(p, begin, end, partials.get());
     });
@@ -66,8 +67,8 @@ pybind11::dict build_info() {
   return info;
 }
 
-// How the CUDA kernels are launched for contiguous tensors of these shapes, and the bytes they
-// move.
+// Returns how the CUDA kernels are launched for contiguous tensors of these shapes, and how many
+// bytes they move.
 pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, int64_t length,
                                 const std::string& dtype, const std::string& gate, bool backward,
                                 bool save) {
@@ -90,7 +91,7 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   } else {
     throw pybind11::value_error("launch_plan: unknown gate " + gate);
   }
-  void* const aligned = reinterpret_cast<void*>(uintptr_t{256});  // stands for a tensor; never read
+  void* const aligned = reinterpret_cast<void*>(uintptr_t{256});  // any aligned address, never read
   const Rows compact{aligned, length * dim, dim, 1, type};
   p.h = {aligned, num_tokens * dim, dim, 1, type};
   p.x = backward ? compact : p.h;
@@ -98,8 +99,8 @@ pybind11::dict launch_plan_info(int64_t batch, int64_t num_tokens, int64_t dim, 
   p.logit = contiguous_like_logit(p, aligned, linear ? type : DType::kFloat32);
   if (backward && save) p.grad_logit = p.logit;
   const LaunchPlan plan = plan_launch(p, backward);
-  // forward: read h and x, write h and saved; backward: read G and saved, write G and the gradient
-  // of x; and the logit or its gradient, which counts where it has a value for each element
+  // forward: reads h and x, writes h and saved. backward: reads G and saved, writes G and the
+  // gradient of x. The logit and its gradient matter if they have a value per element.
   int64_t bytes = batch * length * dim * item_size(type) * (save ? 4 : 3);
   int64_t logits = (p.by_sample ? batch : 1) * (p.by_row ? length : 1) * (p.by_channel ? dim : 1);
   bytes += logits * item_size(p.logit.dtype) * (backward && save ? 2 : 1);

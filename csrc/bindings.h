@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The raw ops of the gate, from torch tensors to PromptGateParams, for any Backend (Cpu in
-// bindings.cpp, Cuda in bindings_cuda.cpp). A Backend is made from the first tensor of a call,
-// which it checks and whose device it makes the current one; its forward(params) and
-// backward(params) run the kernels. Checks are for memory safety: no access outside a tensor, no
-// race between elements.
+// The raw ops of the gate: they check torch tensors, fill in PromptGateParams, and run the kernels
+// of a Backend (Cpu in bindings.cpp, Cuda in bindings_cuda.cpp). The constructor of a Backend
+// checks the first tensor of a call and makes its device current; forward(params) and
+// backward(params) run the kernels. The checks here are for memory safety: no access outside a
+// tensor, no race between elements.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,7 +35,7 @@ struct Axis {
   int64_t stride, size;
 };
 
-// Axes with more than one index, the longest stride first.
+// The axes of size 2 or more, longest stride first.
 inline std::vector<Axis> axes_of(const PromptGateParams& p, const Rows& rows) {
   std::vector<Axis> axes;
   for (const Axis axis : {Axis{rows.batch_stride, p.batch}, Axis{rows.row_stride, p.length},
@@ -48,14 +48,15 @@ inline std::vector<Axis> axes_of(const PromptGateParams& p, const Rows& rows) {
   return axes;
 }
 
-// Elements from the first to the last one that axes [first, end) reach.
+// Distance in elements from the first to the last element, along the axes from axes[first] on.
 inline int64_t reach(const std::vector<Axis>& axes, size_t first) {
   int64_t sum = 0;
   for (size_t i = first; i < axes.size(); ++i) sum += (axes[i].size - 1) * axes[i].stride;
   return sum;
 }
 
-// Whether delta = sum of k_i * stride_i with |k_i| < size_i, for axes that nest (see below).
+// True if delta = sum of k_i * stride_i with |k_i| < size_i, over the axes from axes[first] on. The
+// axes must nest: check_overlap tests this first.
 inline bool is_reached(const std::vector<Axis>& axes, size_t first, int64_t delta) {
   if (first == axes.size()) return delta == 0;
   const Axis axis = axes[first];
@@ -68,8 +69,8 @@ inline bool is_reached(const std::vector<Axis>& axes, size_t first, int64_t delt
   return false;
 }
 
-// `written` rows never overlap themselves, and overlap `read` rows only where both are the same
-// elements.
+// The `written` rows must not overlap themselves. They may overlap the `read` rows only if both are
+// exactly the same elements.
 inline void check_overlap(const PromptGateParams& p, const Rows& written,
                           const Rows* read = nullptr, const char* name = nullptr) {
   const std::vector<Axis> axes = axes_of(p, written);
@@ -96,8 +97,8 @@ inline void check_overlap(const PromptGateParams& p, const Rows& written,
                   " overlaps the prompt rows of block_out in memory: pass a copy of one of them");
 }
 
-// The gate is read while rows are written, so it may not lie between the first and the last of
-// them.
+// `rows` (a gate, a carrier, saved) are read while the prompt rows of h are written, so they must
+// be outside the memory from the first to the last prompt row.
 inline void check_apart(const PromptGateParams& p, const Rows& rows, const char* name) {
   if (rows.data == nullptr) return;
   const auto low = reinterpret_cast<intptr_t>(p.h.data);
@@ -108,7 +109,8 @@ inline void check_apart(const PromptGateParams& p, const Rows& rows, const char*
                   " lies among the prompt rows of block_out in memory: pass a copy of it");
 }
 
-// What every op is given: block_out or its gradient [B, N, D], and the slice.
+// The params that every op needs, from the sequence (block_out or its gradient, [B, N, D]) and the
+// slice.
 inline PromptGateParams make_params(const Tensor& sequence, int64_t start, int64_t length,
                                     bool mix) {
   check_dims(sequence, "block_out", 3);
@@ -129,7 +131,7 @@ inline bool is_empty(const PromptGateParams& p) {
   return p.batch * p.length * p.dim == 0;
 }
 
-// Sets p.logit and the dimensions along which it has its own size, from its shape.
+// Sets p.logit and, from its shape, by_sample, by_row and by_channel.
 inline void set_logit(PromptGateParams& p, const Tensor& logit, const Tensor& sequence) {
   check_device(logit, "gate_logit", sequence);
   check_storage(logit, "gate_logit");
@@ -150,14 +152,14 @@ inline void set_logit(PromptGateParams& p, const Tensor& logit, const Tensor& se
              to_dtype(logit.scalar_type(), "gate_logit")};
 }
 
-// Strides of a contiguous tensor in the shape of the logit.
+// The Rows of a contiguous tensor with the shape of the logit.
 inline Rows contiguous_like_logit(const PromptGateParams& p, void* data, DType dtype) {
   const int64_t channels = p.by_channel ? p.dim : 1, rows = p.by_row ? p.length : 1;
   return {data, p.by_sample ? rows * channels : 0, p.by_row ? channels : 0, p.by_channel ? 1 : 0,
           dtype};
 }
 
-// [B, P, D] beside the sequence.
+// Checks a [B, P, D] tensor on the sequence's device and returns its rows.
 inline Rows make_full_rows(const PromptGateParams& p, const Tensor& tensor, const char* name,
                            const Tensor& sequence) {
   check_dims(tensor, name, 3);
@@ -170,11 +172,6 @@ inline Rows make_full_rows(const PromptGateParams& p, const Tensor& tensor, cons
   return make_rows(tensor, name, 0);
 }
 
-// The kernels know float32 beside a 16-bit type, and equal dtypes.
-inline bool have_kernel(DType a, DType b) {
-  return a == b || (a == DType::kFloat32 && item_size(b) == 2) ||
-         (b == DType::kFloat32 && item_size(a) == 2);
-}
 inline void check_dtypes(DType sequence, DType block_in) {
   STD_TORCH_CHECK(have_kernel(sequence, block_in),
                   "prompt_gate: these dtypes of block_out and block_in have no kernel");
@@ -184,7 +181,7 @@ inline ScalarType compute_type(const PromptGateParams& p) {
   return p.h.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// A new tensor if `wanted`, else an empty one; its rows go to *rows.
+// If `wanted`, returns a new [B, P, D] tensor and sets *rows to its rows; otherwise returns [0].
 inline Tensor new_rows(const PromptGateParams& p, const Tensor& like, bool wanted, Rows* rows,
                        std::optional<ScalarType> dtype = std::nullopt) {
   if (!wanted) return torch::stable::new_empty(like, {0}, dtype);
@@ -193,7 +190,7 @@ inline Tensor new_rows(const PromptGateParams& p, const Tensor& like, bool wante
   return tensor;
 }
 
-// block_out [B, N, D] is updated in place; returns saved [B, P, D], or [0] unless save.
+// Updates block_out [B, N, D] in place. Returns saved [B, P, D], or [0] if not save.
 template <class Backend>
 Tensor prompt_gate_fwd(Tensor block_out, const Tensor& block_in, const Tensor& gate_logit,
                        int64_t start, int64_t length, bool mix, bool save) {
@@ -211,8 +208,8 @@ Tensor prompt_gate_fwd(Tensor block_out, const Tensor& block_in, const Tensor& g
   return saved;
 }
 
-// The same with logit = h . weight + bias, weight [D], bias [1]. Returns logit [B, P, 1],
-// saved [B, P, D] and the rows of block_out before, [B, P, D]; or [0] for one not to be saved.
+// The same with logit = h . weight + bias, weight [D], bias [1]. Returns logit [B, P, 1], saved
+// [B, P, D] and a copy of h before the update [B, P, D]; [0] for each that is not to be saved.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
     Tensor block_out, const Tensor& block_in, const Tensor& weight,
@@ -229,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
     check_storage(tensor, name);
     STD_TORCH_CHECK(tensor.size(0) == size, "prompt_gate: ", name, " must be [", size, "], got [",
                     tensor.size(0), "]");
-    const int64_t stride = size == 1 ? 0 : tensor.stride(0);  // as set_logit: one for all channels
+    const int64_t stride = size == 1 ? 0 : tensor.stride(0);  // as in set_logit
     return Rows{tensor.data_ptr(), 0, 0, stride, to_dtype(tensor.scalar_type(), name)};
   };
   p.weight = vector_of(weight, "weight", p.dim);
@@ -250,9 +247,9 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_linear_token_fwd(
   return {logit, saved, rows};
 }
 
-// grad_out [B, N, D]: its prompt rows are rescaled in place if need_out. Returns the gradients of
-// the rows of block_in [B, P, D], of gate_logit, and of a bias in it, [D] or [1] in float32
-// (float64); or [0] for one that is not needed.
+// Overwrites G, the prompt rows of grad_out [B, N, D], with g*T if need_out. Returns the gradients
+// of x [B, P, D], of gate_logit, and of a bias that was added to gate_logit ([D] or [1], float32 or
+// float64); [0] for each that is not needed.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor grad_out, const Tensor& saved,
                                                    const Tensor& gate_logit,
@@ -267,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor grad_out, const Tensor
   check_dtypes(p.h.dtype, in);
   p.rescale = need_out;
   p.x.dtype = in;
-  if (need_bias) {  // the logit has an element for each row, also where that is one row
+  if (need_bias) {  // sizes of 1 do not broadcast here: the logit has its own element per row
     STD_TORCH_CHECK(
         gate_logit.dim() == 3 && gate_logit.size(0) == p.batch && gate_logit.size(1) == p.length,
         "prompt_gate: a bias needs a gate_logit [B, P, D] or [B, P, 1]");
@@ -291,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_gate_bwd(Tensor grad_out, const Tensor
     check_apart(p, p.saved, "saved");
   }
   Tensor grad_in = new_rows(p, grad_out, need_in, &p.x, in_dtype);
-  // a sum over nothing is 0
+  // a sum over no elements is 0
   Tensor grad_logit = !need_logit   ? torch::stable::new_empty(gate_logit, {0})
                       : is_empty(p) ? torch::stable::new_zeros(gate_logit, gate_logit.sizes())
                                     : torch::stable::new_empty(gate_logit, gate_logit.sizes());

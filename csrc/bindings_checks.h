@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of torch tensors that the registrations of all ops share. They are for memory safety; the
-// meaning of arguments is checked, with better messages, in gated_prompt/checks.py.
+// Checks of torch tensors, shared by all raw ops. They are for memory safety. The meaning of
+// arguments is checked, with better messages, in gated_prompt/checks.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 #include "dtypes.h"
 
-// Build facts come as bare words (-DGP_NVCC=13.0): no quotes to get through shells.
+// Facts about the build are passed as bare words (-DGP_NVCC=13.0), which need no quoting in shells.
 #define GP_STRING_OF(...) #__VA_ARGS__
 #define GP_STRING(...) GP_STRING_OF(__VA_ARGS__)
 
@@ -34,12 +34,18 @@ inline DType to_dtype(ScalarType type, const char* name, const char* op = "promp
   }
 }
 
+// There are kernels for equal dtypes, and for float32 together with a 16-bit type.
+inline bool have_kernel(DType a, DType b) {
+  return a == b || (a == DType::kFloat32 && item_size(b) == 2) ||
+         (b == DType::kFloat32 && item_size(a) == 2);
+}
+
 inline void check_dims(const Tensor& tensor, const char* name, int64_t wanted) {
   STD_TORCH_CHECK(tensor.dim() == wanted, "prompt_gate: ", name, " must have ", wanted,
                   " dimensions, got ", tensor.dim());
 }
 
-// The storage holds every element that sizes and strides reach (a freed storage holds none).
+// The storage must contain every element that sizes and strides reach. A freed storage has 0 bytes.
 inline void check_storage(const Tensor& tensor, const char* name, const char* op = "prompt_gate") {
   if (tensor.numel() == 0) return;
   int64_t bytes = 0;

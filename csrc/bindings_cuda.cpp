@@ -34,14 +34,16 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// Memory for sums over blocks, its tickets zero. Each stream has a slot, which serves all launches
-// there, one after the other; so has each capture of a stream, since its graph may be replayed
-// beside anything. A slot is never given back: a graph may live as long as the process, and at exit
-// the CUDA context may be gone before it. Slots for captures are made outside of them, where memory
-// would be the graph's. Where none is left, and for cudaStreamPerThread, one handle for a stream in
-// each thread, a launch gets memory of its own, zeroed on its stream.
+// Returns a workspace (see launch.h), with its tickets 0. Each stream has its own slot; launches on
+// a stream run one after the other and share the slot. Each capture of a stream also has its own
+// slot, because its graph may be replayed at the same time as anything else. Slots are never freed:
+// a graph may live as long as the process, and at exit the CUDA context may be destroyed before
+// them. Slots for captures are allocated outside of captures: memory that is allocated during a
+// capture belongs to its graph. A launch gets its own memory, zeroed on its stream, if a capture
+// finds no spare slot, and on cudaStreamPerThread, which is one handle for a different stream in
+// each thread.
 Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
-  constexpr size_t kMostSlots = 64, kMadeAtOnce = 8;  // of a device
+  constexpr size_t kMostSlots = 64, kMadeAtOnce = 8;  // per device
   struct Slots {
     std::map<std::pair<void*, unsigned long long>, Tensor> used;  // by stream and capture
     std::vector<Tensor> spare;
@@ -59,7 +61,7 @@ Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
   const auto key = std::make_pair(stream, capture);
   if (capture == 0 && slots.spare.empty() && slots.used.size() < kMostSlots) {
     for (size_t i = 0; i < kMadeAtOnce; ++i) slots.spare.push_back(make(kMaxWorkspaceBytes));
-    check_cuda(synchronize(stream));  // other streams find them zeroed
+    check_cuda(synchronize(stream));  // so that other streams see zeros
   }
   const auto found = slots.used.find(key);
   if (found != slots.used.end()) return found->second;
@@ -72,7 +74,8 @@ Tensor workspace(const Tensor& reference, void* stream, size_t bytes) {
   return slots.used.emplace(key, slot).first->second;
 }
 
-// The Backend of bindings.h and bindings_temperature.h: the current stream of the tensor's device.
+// The Backend of bindings.h and bindings_temperature.h. It launches on the current stream of the
+// tensor's device.
 struct Cuda {
   const Tensor& tensor;
   DeviceGuard guard;
@@ -106,7 +109,7 @@ struct Cuda {
     check_cuda(launch_divide_rows(p, stream));
   }
 
-  // launch(memory) runs a kernel that needs `bytes` of the workspace, or no memory.
+  // Calls launch(memory) with at least `bytes` of workspace, or with nullptr if bytes is 0.
   template <class Launch>
   void with_workspace(size_t bytes, Launch launch) const {
     if (bytes == 0) return check_cuda(launch(nullptr));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The raw ops of a temperature, from torch tensors to ScaledDotParams and DivideParams, for any
-// Backend, whose dot(params) and divide(params) run the kernels; checks as in bindings.h.
+// The raw ops of a temperature: they check torch tensors, fill in ScaledDotParams or DivideParams,
+// and run the kernels of a Backend with its dot(params) or divide(params). Backends and the purpose
+// of the checks: see bindings.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,8 +42,8 @@ inline DotOperand make_operand(const Tensor& tensor, const char* name, const Ten
   return operand;
 }
 
-// a and b of one shape, with any strides; returns -(1/temperature) * sum(a * b) in the shape and
-// dtype of temperature.
+// a and b have the same shape and any strides. Returns -(1/temperature) * sum(a * b) in the shape
+// and dtype of temperature.
 template <class Backend>
 Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature) {
   const Backend backend(a, "a", "scaled_dot");
@@ -60,7 +61,7 @@ Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature) {
   p.temperature = temperature.data_ptr();
   p.temperature_dtype = to_dtype(temperature.scalar_type(), "temperature", "scaled_dot");
   const std::vector<int64_t> shape(static_cast<size_t>(temperature.dim()), 1);
-  // a sum over nothing is 0
+  // a sum over no elements is 0
   if (a.numel() == 0) return torch::stable::new_zeros(temperature, shape);
   Tensor result = torch::stable::new_empty(temperature, shape);
   p.result = result.data_ptr();
@@ -70,22 +71,25 @@ Tensor scaled_dot(const Tensor& a, const Tensor& b, const Tensor& temperature) {
 
 // ---- divide_rows ----
 
-// The operand of a contiguous tensor, whose first `rows` of `all` rows are divided, and its result.
+// Returns the result for a contiguous tensor whose first `rows` rows are divided, and sets *operand
+// to the tensor and the result.
 inline Tensor make_divided(const Tensor& tensor, const char* name, const Tensor& weight,
                            int64_t rows, ScalarType dtype, DivideOperand* operand) {
   check_device(tensor, name, weight, "weight", "divide_rows");
   check_storage(tensor, name, "divide_rows");
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == weight.scalar_type() &&
                       tensor.size(0) == weight.size(0),
-                  "divide_rows: ", name, " must be contiguous, of weight's dtype, with its rows");
+                  "divide_rows: ", name,
+                  " must be contiguous, of weight's dtype, with as many rows as weight");
   Tensor result = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
   const int64_t size = tensor.numel(), all = tensor.size(0);
   *operand = {tensor.data_ptr(), result.data_ptr(), size, all == 0 ? 0 : size / all * rows};
   return result;
 }
 
-// weight [R, C] and bias [R] in `dtype`, their first `rows` rows divided by the temperature clamped
-// to [low, high]; and the clamped temperature. Without a bias, [0] stands for it.
+// Clamps the temperature to [low, high] and divides the first `rows` rows of weight [R, C] and bias
+// [R] by it. Returns the new weight and bias in `dtype`, and the clamped temperature. Without a
+// bias, the second result is [0].
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> divide_rows(const Tensor& weight,
                                                const std::optional<Tensor>& bias,

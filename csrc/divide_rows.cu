@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernel of divide_rows. Memory bound: each element is read and written once, in packs of 16
-// bytes of the wider dtype.
+// CUDA kernel of divide_rows. It is memory bound: each element is read and written once, in packs
+// of 16 bytes of the wider dtype where the tensors allow.
 #include <cuda_runtime.h>
 
 #include "divide_rows.h"

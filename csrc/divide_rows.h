@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What bindings, CPU kernels and CUDA kernels of divide_rows agree on. No torch and no CUDA header
-// here.
+// The interface between bindings, CPU kernels and CUDA kernels of divide_rows. No torch or CUDA
+// header here.
 //
-//   weight' = weight / t in its first rows, weight in the others; bias' alike; t' = t
+//   weight' = weight / t in the first rows, weight in the other rows; bias' likewise; t' = t
 //
-// with t = clamp(temperature, low, high), computed in float32 (float64 for float64) and rounded
-// once to another dtype, or to the same: a temperature that is folded into the weights of a linear
-// layer, whose first outputs are the queries.
+// with t = clamp(temperature, low, high). This folds a temperature into the weights of a linear
+// layer whose first outputs are the queries. Quotients are computed in float32 (float64 for
+// float64) and rounded once to the dtype of the result, which may differ from the dtype of weight.
 #pragma once
 
 #include <cstdint>
@@ -21,51 +21,51 @@ GP_HD A clamp(A value, A low, A high) {
   return value < low ? low : value > high ? high : value;  // NaN stays
 }
 
-// The temperature within [low, high], rounded to its own dtype T as a tensor of it would be.
+// Clamps the temperature to [low, high] and rounds the result to T, the temperature's dtype.
 template <class T>
 GP_HD T clamp_temperature(T temperature, double low, double high) {
   using A = compute_t<T>;
   return narrow<T>(clamp(widen(temperature), static_cast<A>(low), static_cast<A>(high)));
 }
 
-// A weight of T over the temperature, in T's arithmetic, rounded once to U.
+// weight / temperature, computed in the compute type of T and rounded once to U.
 template <class U, class T>
 GP_HD U divided(T weight, compute_t<T> temperature) {
   return narrow<U>(static_cast<compute_t<U>>(widen(weight) / temperature));
 }
 
-// Contiguous.
+// A contiguous tensor and its contiguous result.
 struct DivideOperand {
   const void* source;
   void* target;
   int64_t size;     // elements
-  int64_t divided;  // so many of them, the first ones
+  int64_t divided;  // the first `divided` elements are divided, the others only converted
 };
 
 struct DivideParams {
   DivideOperand weight, bias;  // bias.size == 0: none
   DType from, to;              // float32 to a 16-bit type, or equal
   const void* temperature;     // one element
-  void* clamped;               // one element of that dtype: t
+  void* clamped;               // one element, in the dtype of temperature: t
   DType temperature_dtype;
   double low, high;
 };
 
 // ---- CPU ----
 
-// Elements [begin, end) of weight and bias, one behind the other.
+// Writes elements [begin, end) of weight followed by bias.
 void divide_rows_cpu(const DivideParams& params, int64_t begin, int64_t end);
 // Writes params.clamped.
 void clamp_cpu(const DivideParams& params);
 
 // ---- CUDA ----
 
-constexpr int kDividePacks = 4;  // of a thread, whose loads are in flight together
+constexpr int kDividePacks = 4;  // per thread, loaded together
 
 struct DividePlan {
   int64_t packs;        // of weight
-  int64_t weight_grid;  // blocks for them; those behind take an element of bias a thread
-  int64_t grid;         // blocks
+  int64_t weight_grid;  // blocks for weight; in later blocks a thread takes one element of bias
+  int64_t grid;         // blocks in all
   int vector;           // elements in a pack: 16 bytes of the wider dtype, or one element
 };
 

@@ -3,6 +3,7 @@
 #include "divide_rows.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec_cpu.h"
 
@@ -15,7 +16,7 @@ GP_TARGET_CLONES void divide(const T* source, compute_t<T> divisor, int64_t n,
   for (int64_t i = 0; i < n; ++i) target[i] = divided<U>(source[i], divisor);
 }
 
-// Elements [begin, end) of an operand.
+// Writes elements [begin, end) of an operand's result.
 template <class T, class U>
 void divide_part(const DivideOperand& x, compute_t<T> divisor, int64_t begin, int64_t end) {
   const T* const source = static_cast<const T*>(x.source);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dtypes of tensors: what an element is stored as, and what it is computed in. No torch and no
-// CUDA header here, but those of the 16-bit types where nvcc compiles.
+// The dtypes of tensors: the types that elements are stored in and computed in. No torch or CUDA
+// header here, except the headers of CUDA's 16-bit types if nvcc compiles.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define GP_HD __host__ __device__ __forceinline__
-#define GP_DEVICE __device__ __forceinline__  // of a function that is given device code
+#define GP_DEVICE __device__ __forceinline__  // for a function that is passed device code
 #else
 #define GP_HD inline
 #define GP_DEVICE inline
@@ -24,7 +24,7 @@ constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Storage types: what a bfloat16 or float16 tensor holds. Arithmetic is done in compute_t.
+// Storage types: an element of a bfloat16 or float16 tensor. Arithmetic is done in compute_t.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -66,8 +66,8 @@ GP_HD float widen(Half value) {
 #ifdef __CUDA_ARCH__
   return __half2float(bit_cast<__half>(value.bits));
 #else
-  // Shift exponent and mantissa into place, then correct the bias (2^112) by a product, which also
-  // normalises subnormals. Exponent 31 (inf, NaN) becomes exponent 255 afterwards.
+  // Shift exponent and mantissa into place, then multiply by 2^112 to correct the bias; this also
+  // normalises subnormals. Exponent 31 (inf, NaN) is set to 255 afterwards.
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
@@ -100,18 +100,18 @@ GP_HD Half narrow<Half>(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal result: rebias the exponent by -112, round away 13 bits; a carry runs into the exponent,
-  // as it should. Subnormal result: adding 0.5 leaves multiples of 2^-24, rounded by the hardware.
+  // Normal result: rebias the exponent by -112 and round away 13 bits; a carry into the exponent is
+  // right. Subnormal result: adding 0.5 leaves multiples of 2^-24, rounded by the hardware.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;  // below 2^-14
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;            // rounds beyond 65504: inf
-  result = magnitude > 0x7f800000u ? 0x7fffu : result;             // NaN
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // would round to more than 65504: inf
+  result = magnitude > 0x7f800000u ? 0x7fffu : result;   // NaN
   return {static_cast<uint16_t>(result | sign)};
 #endif
 }
 
-// Calls f with a value of the C++ type that stands for dtype.
+// Calls f with a value of the storage type of dtype.
 template <class F>
 GP_DEVICE void visit(DType dtype, F&& f) {
   switch (dtype) {

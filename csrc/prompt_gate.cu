@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels of the prompt gate. Memory bound: each element of the prompt rows is read and
-// written once, in packs of 16 bytes; nothing outside the rows is touched.
+// CUDA kernels of the prompt gate. They are memory bound: each element of the prompt rows is read
+// and written once, in packs of 16 bytes where the tensors allow. They touch no other rows.
 #include <cuda_runtime.h>
 
 #include "prompt_gate.h"
@@ -11,7 +11,7 @@
 namespace gated_prompt {
 namespace {
 
-// Blocks that an SM must be able to hold: at most 80 registers a thread.
+// Minimum number of blocks per SM, for __launch_bounds__: at most 80 registers per thread.
 constexpr int kMinBlocks = 3;
 
 // ---- elements of any dtype: logits, weights, their gradients ----
@@ -70,13 +70,13 @@ struct ForwardPack {
   Pack<H, kVector> h;
   Pack<X, kVector> x;
 
-  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t in) {
-    h = Pack<H, kVector>::load(at<const H>(p.h, out));
-    x = Pack<X, kVector>::load(at<const X>(p.x, in));
+  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t h_at, int64_t x_at) {
+    h = Pack<H, kVector>::load(at<const H>(p.h, h_at));
+    x = Pack<X, kVector>::load(at<const X>(p.x, x_at));
   }
-  // gate(i) is the Gate of element i.
+  // gate(i) returns the Gate of element i.
   template <class G>
-  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
+  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t h_at,
                                                    int64_t saved, G&& gate) {
     using A = compute_t<H>;
     H new_h[kVector], derivative[kVector];
@@ -90,7 +90,7 @@ struct ForwardPack {
       new_h[i] = narrow<H>(update(g.value, h_i, input_weight(g, p.mix), x_i));
     }
     h.set(new_h);
-    h.store(at<H>(p.h, out));
+    h.store(at<H>(p.h, h_at));
     if (p.saved.data == nullptr) return;
     h.set(derivative);
     h.store(at<H>(p.saved, saved));
@@ -104,45 +104,46 @@ struct BackwardPack {
   Pack<H, kVector> saved;
   Pack<H, kVector> carrier;
 
-  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t out, int64_t saved_at,
+  __device__ __forceinline__ void load(const PromptGateParams& p, int64_t h_at, int64_t saved_at,
                                        int64_t carrier_at) {
-    grad = Pack<H, kVector>::load(at<const H>(p.h, out));
+    grad = Pack<H, kVector>::load(at<const H>(p.h, h_at));
     if (p.saved.data != nullptr) saved = Pack<H, kVector>::load(at<const H>(p.saved, saved_at));
     if (p.carrier.data != nullptr) {
       carrier = Pack<H, kVector>::load(at<const H>(p.carrier, carrier_at));
     }
   }
-  // gate(i) is the Gate of element i; sum(i, saved*T) is told what its gradient is made of.
+  // gate(i) returns the Gate of element i; sum(i, saved*T) adds element i to the gate's gradient.
   template <class G, class S>
-  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t out,
-                                                   int64_t in, G&& gate, S&& sum) {
-    H of_out[kVector], derivative[kVector], of_carrier[kVector];
-    X of_in[kVector];
-    grad.get(of_out), saved.get(derivative), carrier.get(of_carrier);
+  __device__ __forceinline__ void update_and_store(const PromptGateParams& p, int64_t h_at,
+                                                   int64_t x_at, G&& gate, S&& sum) {
+    H grad_h[kVector], derivative[kVector], carried[kVector];
+    X grad_x[kVector];
+    grad.get(grad_h), saved.get(derivative), carrier.get(carried);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      A t = widen(of_out[i]);
-      if (p.carrier.data != nullptr) t += widen(of_carrier[i]);
+      A t = widen(grad_h[i]);
+      if (p.carrier.data != nullptr) t += widen(carried[i]);
       if (p.saved.data != nullptr) sum(i, widen(derivative[i]) * t);
       const Gate<A> g = gate(i);
-      of_in[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
-      of_out[i] = narrow<H>(g.value * t);
+      grad_x[i] = narrow<X>(static_cast<compute_t<X>>(input_weight(g, p.mix) * t));
+      grad_h[i] = narrow<H>(g.value * t);
     }
     if (p.x.data != nullptr) {
       Pack<X, kVector> pack;
-      pack.set(of_in);
-      pack.store(at<X>(p.x, in));
+      pack.set(grad_x);
+      pack.store(at<X>(p.x, x_at));
     }
     if (!p.rescale) return;
-    grad.set(of_out);
-    grad.store(at<H>(p.h, out));
+    grad.set(grad_h);
+    grad.store(at<H>(p.h, h_at));
   }
 };
 
-// What a thread takes in turn: a stage of kStage packs, first, first + inner, ..., and such stages
-// by `step`, all below `end`. A stage is loaded as a whole, by load(pack, index), before any of it
-// is used, by use(pack, index); kAhead: before the stage before it is used. prepare() comes behind
-// the first loads: what it computes does not hold them up.
+// Takes one thread through its packs in stages, up to index `end` (exclusive). A stage is kStage
+// packs: start, start + inner, ...; the first stage starts at `first`, each later stage `step`
+// after the one before. load(pack, index) loads all packs of a stage before use(pack, index) uses
+// the first of them. kAhead: the next stage is loaded before the current stage is used. prepare()
+// runs after the first loads have been issued, so that it does not delay them.
 template <int kStage, bool kAhead, class P, class Load, class Prepare, class Use>
 __device__ __forceinline__ void pipeline(int64_t first, int64_t inner, int64_t step, int64_t end,
                                          Load&& load, Prepare&& prepare, Use&& use) {
@@ -166,16 +167,16 @@ __device__ __forceinline__ void pipeline(int64_t first, int64_t inner, int64_t s
   }
 }
 
-// ---- sums over blocks: see vec.cuh ----
+// ---- sums over blocks: see reduce.cuh ----
 
-// What becomes of a sum: the gradient of a logit, or of a bias (is_bias).
+// Turns a sum into the gradient of a logit, or of a bias (is_bias), and writes it.
 struct SumEnd {
   const PromptGateParams& p;
   bool is_bias;
   RowIndex row;
   int64_t channel;
 
-  // What does not need the sum, while it is on its way.
+  // Computes what does not depend on the sum; called while partial sums are being loaded.
   __device__ __forceinline__ double prepare() const {
     if (is_bias) return 0;
     const int64_t logit = offset_of(p.logit, row) + channel * p.logit.channel_stride;
@@ -195,9 +196,10 @@ struct SumEnd {
   }
 };
 
-// A sum for each channel of a strip, of the threads in the same lane of the warps of `blocks`
-// blocks. The last block reads their partial sums 16 bytes a thread, in groups of threads that take
-// turns: one thread a channel would wait for hundreds of loads one after the other.
+// Sums `values` separately for each channel of a strip, over the warps of `blocks` blocks. In the
+// last block to arrive, each thread loads 16 bytes of partial sums at a time, and groups of threads
+// share the blocks among them. With one thread per channel, each thread would wait for hundreds of
+// loads, one after the other.
 template <class A, int kVector>
 __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p, bool is_bias,
                                                       RowIndex row, int64_t first_channel,
@@ -238,7 +240,7 @@ __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p,
         packs[j] = {};
         if (i < blocks) packs[j].words[0] = __ldcg(words);
       }
-      if (is_there && first == 0) slope = end.prepare();  // while these are on their way
+      if (is_there && first == 0) slope = end.prepare();  // while the loads are in flight
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         A values_j[kWide];
@@ -259,12 +261,12 @@ __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p,
   if (is_there) end.finish(total, slope);
 }
 
-// ---- by pack: a thread works on packs, in the order of memory ----
+// ---- by pack: threads take packs in memory order ----
 //
-// Forward of every gate that does not vary by channel, backward of one gate for a whole sample.
-// kOneRun: the P rows of a sample are one contiguous run in every tensor, and packs are the widest.
+// Forward and backward of one gate per sample, or one gate for all samples. kOneRun: the P rows of
+// a sample are one contiguous run in every tensor, and packs have their full width.
 
-// Position of a pack of sample b within Rows, in elements.
+// Offset of a pack of sample b, in elements.
 template <int kVector, bool kOneRun>
 __device__ __forceinline__ int64_t place(const LaunchPlan& plan, const Rows& rows, int64_t b,
                                          int64_t index) {
@@ -296,8 +298,8 @@ __global__ void __launch_bounds__(kForwardThreads, kOneRun ? 8 : 6)
   }
 }
 
-// A gate for each sample has a sum for each: a thread takes packs of its sample. Else it takes the
-// same pack of sample after sample.
+// One gate per sample needs one sum per sample: a thread takes packs of one sample, then of the
+// next. With one gate for all samples, a thread takes the same pack of sample after sample.
 template <class H, class X, int kVector, bool kOneRun>
 __global__ void __launch_bounds__(kThreads, kOneRun && sizeof(H) * kVector == 16 ? 4 : 2)
     prompt_gate_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
@@ -349,17 +351,18 @@ __global__ void __launch_bounds__(kThreads, kOneRun && sizeof(H) * kVector == 16
 
 // ---- by row and by prompt ----
 
-// Position of a pack within rows.
+// Offset of the pack that starts at `channel`, in elements.
 __device__ __forceinline__ int64_t pack_at(const Rows& rows, RowIndex row, int64_t channel) {
   return offset_of(rows, row) + channel * rows.channel_stride;
 }
 
-// Packs of one row that a lane has under way at once: 3 are a row of 768 elements of 16 bits. Fewer
-// where a pack takes more registers (no spills: make resources).
+// Packs of one row that a lane loads together: with 3, a warp loads a row of 768 16-bit elements.
+// A larger pack takes more registers and is loaded by itself, so that nothing spills (make
+// resources).
 template <class H, class X, int kVector>
 constexpr int kRowPacks = (sizeof(H) > sizeof(X) ? sizeof(H) : sizeof(X)) * kVector > 16 ? 1 : 3;
 
-// Packs `first`, `first` + 32, ... of a row, below `end`.
+// Packs first, first + 32, ... of a row, up to `end` (exclusive).
 template <class H, class X, int kVector>
 struct BackwardRow {
   static constexpr int kPacks = kRowPacks<H, X, kVector>;
@@ -416,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-// The warps of a block have neighbouring prompts: their rows lie side by side.
+// The warps of a block take neighbouring prompts, whose rows are next to each other in memory.
 template <class H, class X, int kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     prompt_gate_prompt_bwd_kernel(const PromptGateParams p, const LaunchPlan plan,
@@ -454,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using A = compute_t<H>;
   using Row = BackwardRow<H, X, kVector>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  A sum = A(0);  // of this warp's rows, in lane 0
+  A sum = A(0);  // over the rows of this warp; only lane 0 has it
   for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < p.batch * p.length;
        i += int64_t(gridDim.x) * kWarps) {
     const Division at = divide(i, p.length);
@@ -481,16 +484,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- by strip ----
 //
-// kStreamed: each row has gates of its own. Else the rows of a segment share theirs, which are
-// computed once a block.
+// kStreamed: each row has its own gates. Otherwise the rows of a segment share the gates, and a
+// block computes them once per strip.
 
-// The gates of a lane's pack, by way of shared memory: one thread computes one channel's.
+// Computes the gates of a strip, one channel per thread, and gives each lane the gates of its pack
+// through shared memory.
 template <class A, int kVector>
 __device__ __forceinline__ void share_gates(const PromptGateParams& p, RowIndex row,
                                             int64_t first_channel, Gate<A> (&gates)[kVector]) {
   constexpr int kColumns = 32 * kVector;
   __shared__ Gate<A> strip[kColumns];
-  __syncthreads();                                   // those of the strip before have been read
+  __syncthreads();  // the gates of the previous strip have been read
   const int column = static_cast<int>(threadIdx.x);  // kColumns <= kThreads
   if (column < kColumns && first_channel + column < p.dim) {
     strip[column] = make_gate(read<A>(p.logit, pack_at(p.logit, row, first_channel + column)));
@@ -500,7 +504,8 @@ __device__ __forceinline__ void share_gates(const PromptGateParams& p, RowIndex 
   for (int i = 0; i < kVector; ++i) gates[i] = strip[threadIdx.x % 32 * kVector + i];
 }
 
-// The gates of a pack of a row that has its own; plan_launch has seen that it may be read so.
+// Computes the gates of a pack if each row has its own. plan_launch has checked that the logits can
+// be read as a pack.
 template <class A, int kVector>
 __device__ __forceinline__ void read_gates(const PromptGateParams& p, RowIndex row, int64_t channel,
                                            Gate<A> (&gates)[kVector]) {
@@ -549,7 +554,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     prompt_gate_strip_bwd_kernel(const PromptGateParams p, const LaunchPlan plan, unsigned* tickets,
                                  compute_t<H>* partials) {
   using A = compute_t<H>;
-  constexpr bool kIsWide = sizeof(H) * kVector > 16;  // else it spills (make resources)
+  // Wide packs spill unless they are loaded one at a time (benchmarks/lab/kernel_resources.py).
+  constexpr bool kIsWide = sizeof(H) * kVector > 16;
   constexpr int kStage = kStreamed || kIsWide ? 1 : kPacksInFlight;
   const Segments segments = segments_of(p);
   const bool reduces = kStreamed ? p.grad_bias != nullptr : p.grad_logit.data != nullptr;
@@ -598,8 +604,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A warp takes row after row: the logit is a dot product of the row, which is in the nearest cache
-// when it is read again for the update.
+// A warp takes row after row. It reads a row twice: for the dot product that gives the logit, and
+// for the update. The row is still in the nearest cache then.
 template <class H, class X, int kVector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     prompt_gate_linear_token_fwd_kernel(const PromptGateParams p, const LaunchPlan plan) {
@@ -703,7 +709,7 @@ int launch(const PromptGateParams& p, bool backward, void* workspace, void* stre
   return launch<H, X, 1>(p, plan, backward, workspace, cuda_stream);
 }
 
-// Mixed pairs are float32 beside a 16-bit type; the bindings admit no other.
+// The bindings allow only equal dtypes, and float32 together with a 16-bit type.
 int launch(const PromptGateParams& p, bool backward, void* workspace, void* stream) {
   const bool in_float = p.x.dtype == DType::kFloat32;
   switch (p.h.dtype) {
@@ -735,7 +741,7 @@ int capture_of(void* stream, unsigned long long* id) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error =
       cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, id);
-  if (error != cudaSuccess) cudaGetLastError();  // it is reported here, not at the next launch
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, so not by the next launch
   if (status == cudaStreamCaptureStatusNone) *id = 0;
   return static_cast<int>(error);
 }

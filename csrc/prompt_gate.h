@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// What bindings, CPU kernels and CUDA kernels agree on. No torch and no CUDA header here.
+// The interface between bindings, CPU kernels and CUDA kernels. No torch or CUDA header here.
 //
-// Shapes: B samples, N tokens, D channels; P = length prompt rows of each sample, from row `start`
-// on. The gate's logit broadcasts to [B, P, D].
+// Shapes: B samples, N tokens, D channels. Each sample has P = length prompt rows, the first one at
+// row `start`. h: the prompt rows of block_out; x: the prompt rows of block_in. The gate's logit
+// broadcasts to [B, P, D].
 //
 // Forward, on the prompt rows only, with g = sigmoid(logit), w = 1 - g (mix) or 1 (residual):
+//   saved <- (h - x) / 2 (mix) or h (residual)
 //   h <- g*h + w*x
-//   saved <- (h - x) / 2 (mix) or h (residual), of the h before
 //
-// Backward, with T = G + C, G the gradient at the updated rows, C one that comes beside it:
+// Backward, with T = G + C. G is the part of the gradient of the updated rows that arrives through
+// the sequence. C is the part that arrives through the carrier, 0 without a carrier.
 //   gradient of x <- w*T
 //   gradient of the logit <- k * g * (1-g) * saved*T, k = 2 (mix) or 1 (residual), summed over the
 //                            dimensions along which the logit broadcasts
-//   gradient of a bias in the logit <- that, summed over all rows
+//   gradient of a bias in the logit <- the gradient of the logit, summed over all rows
 //   G <- g*T, the gradient of h
 #pragma once
 
@@ -25,8 +27,8 @@
 
 namespace gated_prompt {
 
-// The prompt rows of one tensor, [B, P, D]; strides in elements, 0 along a dimension in which it
-// broadcasts. data == nullptr: not wanted.
+// The prompt rows of one tensor, [B, P, D]. Strides are in elements, 0 along a dimension that
+// broadcasts. data == nullptr: there is no such tensor, or no kernel needs it.
 struct Rows {
   void* data;
   int64_t batch_stride;
@@ -39,30 +41,31 @@ struct PromptGateParams {
   int64_t batch;                       // B
   int64_t length;                      // P
   int64_t dim;                         // D
-  bool mix;                            // rule: mix or residual
-  bool by_sample, by_row, by_channel;  // the dimensions along which the logit has its own size
+  bool mix;                            // true: mix; false: residual
+  bool by_sample, by_row, by_channel;  // the dimensions along which the logit does not broadcast
   Rows logit;
-  Rows h;           // forward: the rows of block_out, updated. backward: G, updated
-  Rows x;           // forward: the rows of block_in, read. backward: their gradient, written
+  Rows h;           // forward: h, updated. backward: G, updated if rescale
+  Rows x;           // forward: x, read. backward: the gradient of x, written
   Rows saved;       // [B, P, D] contiguous, dtype of h
   Rows carrier;     // backward: C, dtype of h
-  Rows grad_logit;  // backward: contiguous in the shape of the logit
-  void* grad_bias;  // backward: [D] where by_channel, else [1]; float32, float64 beside float64
-  bool rescale;     // backward: write g*T over G
+  Rows grad_logit;  // backward: contiguous, with the shape of the logit
+  void* grad_bias;  // backward: [D] if by_channel, otherwise [1]; float32 (float64 if h is)
+  bool rescale;     // backward: overwrite G with g*T
 
-  // forward of a gate that is a linear map of the row, logit = h . weight + bias, by_sample and
-  // by_row: `logit` (float32, float64 beside float64) is written, unless its data is nullptr
+  // Forward of a gate that is a linear map of the row, logit = h . weight + bias, with by_sample
+  // and by_row. The kernel writes `logit`, in float32 (float64 if h is), unless its data is
+  // nullptr.
   Rows weight;    // [D]; data == nullptr for every other gate
   Rows bias;      // [1]; data == nullptr: none
-  Rows gathered;  // [B, P, D] contiguous, dtype of h: a copy of the h before
+  Rows gathered;  // [B, P, D] contiguous, dtype of h: a copy of h before the update
 };
 
-// Rows of one segment share their gate, and the gradient of that gate is a sum over them. A gate of
-// its own for each row makes no segments: it is read row by row ("streamed"), its gradient written
-// row by row, and only the gradient of a bias is a sum, over all rows.
+// A segment is the set of rows that share one gate; the gradient of the gate is summed over it. If
+// every row has its own gate ("streamed"), all rows are one segment: gates are read and their
+// gradients written row by row, and only the gradient of a bias is a sum.
 struct Segments {
   int64_t count;
-  int64_t rows;  // of each segment
+  int64_t rows;  // per segment
   bool streamed;
 };
 
@@ -81,7 +84,7 @@ GP_HD RowIndex row_of_segment(const PromptGateParams& p, const Segments& segment
                               int64_t i) {
   if (p.by_row && !segments.streamed) return {i, segment};
   if (p.by_sample && !segments.streamed) return {segment, i};
-  if (((i | p.length) >> 32) == 0) {  // as divide(), with a remainder of 32 bits: fewer registers
+  if (((i | p.length) >> 32) == 0) {  // like divide(); a 32-bit remainder takes fewer registers
     const uint32_t b = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.length);
     return {b, static_cast<uint32_t>(i) - b * static_cast<uint32_t>(p.length)};
   }
@@ -94,15 +97,15 @@ GP_HD int64_t offset_of(const Rows& rows, RowIndex row) {
 
 // ---- CPU ----
 //
-// Work is cut into tasks, rows of one segment, whose size depends on shapes alone, and sums over
-// tasks are taken in order, so results are the same bits for any number of threads. Threads belong
-// to the caller.
+// Work is cut into tasks. A task is some rows of one segment; its size depends only on the shapes
+// and strides of the tensors. The sums of the tasks are added in order, so the number of threads
+// does not change any bit of a result. The caller distributes the tasks over its threads.
 
 constexpr int64_t kTaskElements = 8192;  // 16 to 64 KiB: a task stays in the nearest caches
-constexpr int64_t kRowElements = 4096;   // of rows taken together: two passes over one stay there
+constexpr int64_t kRowElements = 4096;   // of a joined row: it stays there for a second pass
 
-// One gate for a whole sample, and rows that follow each other without a gap in every tensor: they
-// can be cut anywhere.
+// True if all elements of a sample share one gate, and the rows of a sample follow each other
+// without a gap in every tensor. Such rows can be cut anywhere.
 inline bool rows_are_one_run(const PromptGateParams& p) {
   if (p.by_row || p.by_channel) return false;
   for (const Rows* rows : {&p.h, &p.x, &p.saved, &p.carrier}) {
@@ -111,7 +114,8 @@ inline bool rows_are_one_run(const PromptGateParams& p) {
   return true;
 }
 
-// The same problem with fewer, longer rows where that can be: what a row costs is paid less often.
+// Returns the same problem with fewer and longer rows if possible, to pay the fixed cost of a row
+// less often.
 inline PromptGateParams join_rows(PromptGateParams p) {
   int64_t joined = p.dim > 0 && rows_are_one_run(p) ? kRowElements / p.dim : 1;
   while (joined > 1 && p.length % joined != 0) --joined;
@@ -123,10 +127,10 @@ inline PromptGateParams join_rows(PromptGateParams p) {
 }
 
 struct Tasks {
-  int64_t rows;         // of a task; the last one of a segment may have fewer
-  int64_t per_segment;  // tasks
+  int64_t rows;         // per task; the last task of a segment may have fewer
+  int64_t per_segment;  // tasks per segment
   int64_t count;
-  int64_t width;  // sums that each task leaves: D where by_channel, else 1
+  int64_t width;  // sums per task: D if by_channel, otherwise 1
 };
 
 inline Tasks tasks_of(const PromptGateParams& p) {
@@ -143,29 +147,29 @@ inline bool reduces(const PromptGateParams& p) {
 }
 
 void prompt_gate_fwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end);
-// partials: [tasks, width] sums, float32 (float64 where out is); nullptr unless reduces(params)
+// partials: [tasks, width] sums, float32 (float64 if h is); nullptr unless reduces(params)
 void prompt_gate_bwd_cpu(const PromptGateParams& params, int64_t task_begin, int64_t task_end,
                          void* partials);
 void prompt_gate_finish_cpu(const PromptGateParams& params, const void* partials);
-const char* cpu_instructions();  // which version of the kernels this processor runs
+const char* cpu_instructions();  // the instruction set that the kernels use on this processor
 
 // ---- CUDA ----
 //
-// Launch shape and index map, as plain functions that run (and are tested) on any machine. Blocks
-// of a launch that sums are few, and loop: each of them costs a barrier and a ticket. Their number
-// depends on shapes alone, so that a sum has the same bits on every GPU.
+// Launch shapes and index maps are plain functions, which run (and are tested) on any machine. A
+// launch with sums has few blocks, which loop, because each block costs a barrier and a ticket. The
+// number of blocks depends only on the tensors, so a sum has the same bits on every GPU.
 
-constexpr int kForwardThreads = 128;  // of the forward by packs
+constexpr int kForwardThreads = 128;  // per block, for Mapping::kPacks in forward
 constexpr int64_t kMaxGridX = 1 << 20;
 constexpr int64_t kMaxGridYZ = 65535;
 
-// What a thread, or a warp, takes in turn.
+// How the elements are distributed over threads and warps.
 enum class Mapping : int32_t {
-  kPacks,    // one gate for a whole sample: packs of a sample, in the order of memory; where the P
-             // rows are one contiguous run, packs ignore rows
-  kRows,     // a gate for each row, and forward for each prompt: a warp has a row
-  kPrompts,  // a gate for each prompt, backward: a warp has a prompt, of sample after sample
-  kStrips,   // gates that vary by channel: a warp has 32 packs, a "strip", of row after row
+  kPacks,    // one gate per sample, or one for all: threads take packs of a sample in memory order;
+             // if the P rows are one contiguous run, packs may cross from one row to the next
+  kRows,     // one gate per row, or (forward) per prompt: a warp takes a whole row
+  kPrompts,  // one gate per prompt, backward: a warp takes one prompt in sample after sample
+  kStrips,   // gates that vary by channel: a warp takes 32 packs (a "strip") of row after row
 };
 
 inline Mapping mapping_of(const PromptGateParams& p, bool backward) {
@@ -177,23 +181,25 @@ inline Mapping mapping_of(const PromptGateParams& p, bool backward) {
 
 struct LaunchPlan {
   Mapping mapping;
-  int threads;     // of a block
-  int64_t grid_x;  // blocks over packs of a sample; over samples (kPrompts); over rows of a segment
-  int64_t grid_y;  // over samples; over prompts, kWarps a block (kPrompts); over segments (kStrips)
-  int64_t grid_z;  // over strips
-  int vector;      // elements in a pack: 16 bytes of the narrowest tensor, or 4 bytes, or one
-  int64_t rows;    // 1 where the P rows of a sample are one contiguous run
+  int threads;     // per block
+  int64_t grid_x;  // blocks over: packs of a sample; samples (kPrompts); rows (kRows, kStrips)
+  int64_t grid_y;  // blocks over: samples; kWarps prompts each (kPrompts); segments (kStrips)
+  int64_t grid_z;  // blocks over: strips
+  int vector;      // elements in a pack: 16 or 4 bytes of the narrower of h and x, or one element
+  int64_t rows;    // P, or 1 if the P rows of a sample are one contiguous run
   int64_t packs_per_row;
 };
 
-// What the kernels are instantiated for, whether or not `in` is wanted.
+// Bytes per element of the narrower of h and x. The dtype of x counts even if its data is nullptr,
+// because the kernels are instantiated for both dtypes.
 inline int64_t narrowest_item(const PromptGateParams& p) {
-  const int64_t out = item_size(p.h.dtype), in = item_size(p.x.dtype);
-  return out < in ? out : in;
+  const int64_t h = item_size(p.h.dtype), x = item_size(p.x.dtype);
+  return h < x ? h : x;
 }
 
-// Elements that one pack may hold in every tensor at once: pointers and the strides that a pack
-// steps over must be multiples of its bytes (up to 16), and packs must tile a run exactly.
+// True if every tensor can be read and written in packs of `vector` elements: a run is a whole
+// number of packs, channels are contiguous, and addresses and the strides between packs are
+// multiples of the pack's bytes (of 16 for a larger pack).
 inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
   if (run % vector != 0) return false;
   const bool logit_in_packs = p.by_channel && segments_of(p).streamed;
@@ -202,7 +208,7 @@ inline bool packs_fit(const PromptGateParams& p, int64_t run, int vector) {
     if (rows->data == nullptr || vector == 1) continue;
     if ((rows == &p.logit || rows == &p.grad_logit) && !logit_in_packs) continue;
     const int64_t bytes = vector * item_size(rows->dtype);
-    const int64_t step = (bytes < 16 ? bytes : 16) / item_size(rows->dtype);  // elements
+    const int64_t step = (bytes < 16 ? bytes : 16) / item_size(rows->dtype);  // in elements
     const auto address = reinterpret_cast<uintptr_t>(rows->data);
     if (rows->channel_stride != 1 ||
         address % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) != 0 ||
@@ -238,7 +244,7 @@ inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
       if (!backward) {
         plan.grid_x = smaller(ceil_div(packs, kForwardThreads * kPacksInFlight), kMaxGridX);
         plan.grid_y = smaller(p.batch, kMaxGridYZ);
-      } else if (p.by_sample) {  // a sum for each sample
+      } else if (p.by_sample) {  // one sum per sample
         const int64_t wanted = blocks > 32 ? kManyBlocks : kFewBlocks;
         plan.grid_x = smaller(blocks, at_least_one(wanted / p.batch));
         plan.grid_y = smaller(p.batch, kMaxGridYZ);
@@ -273,7 +279,7 @@ inline LaunchPlan plan_launch(const PromptGateParams& p, bool backward) {
   return plan;
 }
 
-// Position of pack `index` of a sample within Rows, in elements from the sample's first.
+// Offset of pack `index` of a sample, in elements from the first prompt row of that sample.
 GP_HD int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t index) {
   if (plan.rows == 1) return index * plan.vector * rows.channel_stride;
   const Division pack = divide(index, plan.packs_per_row);
@@ -281,12 +287,12 @@ GP_HD int64_t pack_offset(const LaunchPlan& plan, const Rows& rows, int64_t inde
   return pack.quotient * rows.row_stride + column * rows.channel_stride;
 }
 
-// What a backward needs of it, 0 where no sum is over more than one block.
+// Bytes of the workspace (see launch.h) that backward needs; 0 if no sum is over several blocks.
 inline size_t workspace_bytes(const PromptGateParams& p) {
   const LaunchPlan plan = plan_launch(p, /*backward=*/true);
   const bool is_one_sum = plan.mapping == Mapping::kPacks && !p.by_sample;
   if (!reduces(p) || plan.grid_x * (is_one_sum ? plan.grid_y : 1) <= 1) return 0;
-  const int64_t sums = plan.mapping == Mapping::kStrips    ? 32 * plan.vector  // of a block
+  const int64_t sums = plan.mapping == Mapping::kStrips    ? 32 * plan.vector  // per block
                        : plan.mapping == Mapping::kPrompts ? kWarps
                                                            : 1;
   const bool is_float = plan.mapping == Mapping::kStrips && p.h.dtype != DType::kFloat64;
@@ -297,7 +303,7 @@ inline size_t workspace_bytes(const PromptGateParams& p) {
 // All return a cudaError_t as int (0: success). stream is a cudaStream_t.
 int launch_prompt_gate_fwd(const PromptGateParams& params, void* stream);
 int launch_prompt_gate_bwd(const PromptGateParams& params, void* workspace, void* stream);
-int capture_of(void* stream, unsigned long long* id);  // 0: the stream is not being captured
+int capture_of(void* stream, unsigned long long* id);  // *id = 0: no capture
 int synchronize(void* stream);
 
 }  // namespace gated_prompt

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels: plain loops over the elements of a row, which the compiler vectorises for the
-// instruction sets of vec_cpu.h. Rows are worked on where they lie; one whose dtype or stride the
-// loops do not take is widened into a buffer of the compute type A (float or double), which stays
-// in the nearest cache, and rounded from there. Memory is read and written once.
+// instruction sets of vec_cpu.h. The loops work on rows in place if they can. A row whose dtype or
+// stride they do not support is widened into a buffer of the compute type A (float or double) and
+// rounded from there; the buffer stays in the nearest cache. Memory is read and written once.
 #include "prompt_gate.h"
 #include "prompt_gate_math.h"
 #include "vec_cpu.h"
@@ -15,10 +15,10 @@
 namespace gated_prompt {
 namespace {
 
-// ---- loops over n elements, beside those of vec_cpu.h ----
+// ---- loops over n elements, in addition to the loops of vec_cpu.h ----
 
-// A target may be a source, at the same elements: no element depends on another, which is what
-// ivdep says. V is what rows hold: a storage type, or A itself.
+// A target may be the same array as a source. Even then no iteration depends on another one, as
+// ivdep promises the compiler. V is the type of a row's elements: a storage type, or A.
 #define GP_LOOP _Pragma("GCC ivdep") _Pragma("GCC unroll 4")
 
 template <class T, class A, bool kUnit>  // source [n] -> target [n], rounded
@@ -28,7 +28,7 @@ GP_TARGET_CLONES void store(const A* source, int64_t n, T* target, int64_t strid
   }
 }
 
-// A gate G is one value for all elements, A, or one for each, const A*.
+// The type G of a gate is A (one value for all elements) or const A* (one value per element).
 template <class A>
 inline A element(A value, int64_t) {
   return value;
@@ -45,7 +45,8 @@ GP_TARGET_CLONES void update_row(const V* h, const V* x, G g, G w, int64_t n, V*
   }
 }
 
-// That, and saved <- (h - x)/2 or h. Chosen within the loop, it would not be vectorised.
+// update_row, and saved <- (h - x)/2 (kMix) or h. The rule is a template parameter, because the
+// compiler would not vectorise a loop that chooses between them.
 template <bool kMix, class V, class G>
 GP_TARGET_CLONES void update_and_save_row(const V* h, const V* x, G g, G w, int64_t n, V* target,
                                           V* saved) {
@@ -56,34 +57,36 @@ GP_TARGET_CLONES void update_and_save_row(const V* h, const V* x, G g, G w, int6
   }
 }
 
-template <class V, class A, class G>  // out <- g*t, in <- w*t
-GP_TARGET_CLONES void scale_row(const A* t, G g, G w, int64_t n, V* out, V* in) {
+template <class V, class A, class G>  // grad_h <- g*t, grad_x <- w*t
+GP_TARGET_CLONES void scale_row(const A* t, G g, G w, int64_t n, V* grad_h, V* grad_x) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
-    const A value = t[i];  // read before `out` is written
-    out[i] = narrow<V>(element(g, i) * value);
-    in[i] = narrow<V>(element(w, i) * value);
+    const A value = t[i];  // read before `grad_h` is written
+    grad_h[i] = narrow<V>(element(g, i) * value);
+    grad_x[i] = narrow<V>(element(w, i) * value);
   }
 }
 
-template <class V, class A>  // that, and the sum of s*t, as dot_row has it
-GP_TARGET_CLONES double scale_and_dot_row(const V* s, const A* t, A g, A w, int64_t n, V* out,
-                                          V* in) {
+template <class V, class A>  // scale_row; returns the sum of s*t with the bits of dot_row
+GP_TARGET_CLONES double scale_and_dot_row(const V* s, const A* t, A g, A w, int64_t n, V* grad_h,
+                                          V* grad_x) {
   A lanes[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {  // three short loops: float16's would be too long for one
+  for (; i + kLanes <= n; i += kLanes) {  // three loops: for float16, one would be too long
     for (int64_t k = 0; k < kLanes; ++k) lanes[k] += widen(s[i + k]) * t[i + k];
-    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) in[i + k] = narrow<V>(w * t[i + k]);
-    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) out[i + k] = narrow<V>(g * t[i + k]);
+    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) grad_x[i + k] =
+        narrow<V>(w * t[i + k]);
+    _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) grad_h[i + k] =
+        narrow<V>(g * t[i + k]);
   }
   for (int64_t k = 0; i < n; ++i, ++k) {
     lanes[k] += widen(s[i]) * t[i];
-    in[i] = narrow<V>(w * t[i]);
-    out[i] = narrow<V>(g * t[i]);  // last: t may be the same row
+    grad_x[i] = narrow<V>(w * t[i]);
+    grad_h[i] = narrow<V>(g * t[i]);  // last: t may be the same row
   }
   return sum_of_lanes(lanes);
 }
 
-// From logits [n] (w may be the same array): g [n], w [n], slope [n].
+// Computes g, w and slope [n] from logits [n]. w and logits may be the same array.
 template <class A>
 GP_TARGET_CLONES void gates(const A* logits, int64_t n, bool mix, A* g, A* w, A* slope) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) {
@@ -92,10 +95,10 @@ GP_TARGET_CLONES void gates(const A* logits, int64_t n, bool mix, A* g, A* w, A*
     w[i] = gate.complement;
     slope[i] = gate.slope;
   }
-  if (!mix) std::fill(w, w + n, A(1));  // chosen within the loop, it would not be vectorised
+  if (!mix) std::fill(w, w + n, A(1));  // in the loop, this choice would prevent vectorisation
 }
 
-template <class A>  // sum <- a + b; may be one of them
+template <class A>  // sum <- a + b; sum may be a or b
 GP_TARGET_CLONES void add_row(const A* a, const A* b, int64_t n, A* sum) {
   GP_LOOP for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
 }
@@ -112,9 +115,9 @@ GP_TARGET_CLONES void multiply_add_row(const V* __restrict__ s, const A* __restr
   for (int64_t i = 0; i < n; ++i) sum[i] += widen(s[i]) * t[i];
 }
 
-// ---- rows of any dtype and stride <-> what the loops work on ----
+// ---- rows of any dtype and stride <-> contiguous rows of V, for the loops ----
 
-// Whether the loops can work on rows of V where they lie.
+// True if the loops can work on `rows` in place, as elements of type V.
 template <class V>
 bool is_run_of(const Rows& rows) {
   bool is_v = false;
@@ -122,19 +125,19 @@ bool is_run_of(const Rows& rows) {
   return is_v && rows.data != nullptr && rows.channel_stride == 1;
 }
 
-// The values of a row: where they lie, or widened in `buffer`.
+// Returns the values of a row: the row itself, or `buffer` with the widened values.
 template <class V>
 const V* load_row(const Rows& rows, RowIndex row, int64_t n, V* buffer) {
   return load_any(rows.data, rows.dtype, offset_of(rows, row), rows.channel_stride, n, buffer);
 }
 
-// Where a row is to be written: where it lies, or `buffer`, from which store_row takes it.
+// Returns where a loop writes a row: the row itself, or `buffer`, which store_row then stores.
 template <class V>
 V* place_of(const Rows& rows, RowIndex row, V* buffer) {
   return is_run_of<V>(rows) ? static_cast<V*>(rows.data) + offset_of(rows, row) : buffer;
 }
 
-// Writes a row, unless `source` is where it lies.
+// Stores `source` in a row, unless `source` is the row itself.
 template <class V>
 void store_row(const V* source, int64_t n, const Rows& rows, RowIndex row) {
   const int64_t stride = rows.channel_stride;
@@ -153,8 +156,8 @@ void store_row(const V* source, int64_t n, const Rows& rows, RowIndex row) {
   });
 }
 
-// Calls f with a value of the type that the loops work on: the dtype of the sequence, where rows of
-// block_in (or its gradient) have it, too, and all lie in unit stride; else the compute type.
+// Calls f with a value of the type V that the loops work on: the dtype of h if x has this dtype,
+// too (or is not needed), and the channels of both are contiguous; otherwise the compute type.
 template <class F>
 void visit_work(const PromptGateParams& p, F&& f) {
   visit(p.h.dtype, [&](auto type) {
@@ -168,12 +171,12 @@ void visit_work(const PromptGateParams& p, F&& f) {
 template <class A>
 struct GateRow {
   A *g, *w, *slope;  // [width]
-  int64_t width;     // of its logit: D or 1
+  int64_t width;     // of the row's logit: D or 1
 
   void read(const PromptGateParams& p, RowIndex row) {
     gates(load_row(p.logit, row, width, w), width, p.mix, g, w, slope);
   }
-  // Calls f(g, w) with values, or with arrays [D].
+  // Calls f(g, w) with two values (width 1) or two arrays [D].
   template <class F>
   void visit(F&& f) const {
     width == 1 ? f(*g, *w) : f(static_cast<const A*>(g), static_cast<const A*>(w));
@@ -192,7 +195,7 @@ void for_each_task(const PromptGateParams& p, int64_t begin, int64_t end, F&& f)
   }
 }
 
-template <class T>  // not filled
+template <class T>  // uninitialised
 std::unique_ptr<T[]> buffer_of(int64_t size) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
 }
@@ -245,13 +248,13 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
   const Segments segments = segments_of(p);
   const bool needs_sum = p.grad_logit.data != nullptr || p.grad_bias != nullptr;
   const std::unique_ptr<V[]> rows = buffer_of<V>(3 * n);
-  V *s_buffer = rows.get(), *out_buffer = s_buffer + n, *in_buffer = out_buffer + n;
+  V *s_buffer = rows.get(), *grad_h_buffer = s_buffer + n, *grad_x_buffer = grad_h_buffer + n;
   const std::unique_ptr<A[]> memory = buffer_of<A>(2 * n + 3 * width);
   A *t_buffer = memory.get(), *grad = t_buffer + n;
   GateRow<A> gate{grad + n, grad + n + width, grad + n + 2 * width, width};
   for_each_task(p, begin, end, [&](int64_t task, int64_t segment, int64_t first, int64_t last) {
     A* const sums = partials == nullptr ? nullptr : partials + task * width;
-    double sum = 0;  // where the logit has one element a row
+    double sum = 0;  // used if the logit has one element per row
     if (sums != nullptr) std::fill(sums, sums + width, A(0));
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);
@@ -261,8 +264,8 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
         add_row(t, load_row(p.carrier, row, n, grad), n, t_buffer);
         t = t_buffer;
       }
-      V* const out = p.rescale ? place_of(p.h, row, out_buffer) : out_buffer;
-      V* const in = place_of(p.x, row, in_buffer);
+      V* const grad_h = p.rescale ? place_of(p.h, row, grad_h_buffer) : grad_h_buffer;
+      V* const grad_x = place_of(p.x, row, grad_x_buffer);
       const V* s = needs_sum ? load_row(p.saved, row, n, s_buffer) : nullptr;
       if (needs_sum && p.by_channel) {
         if (!segments.streamed) {
@@ -273,17 +276,17 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
         }
       }
       if (needs_sum && !p.by_channel) {
-        const double dot = scale_and_dot_row(s, t, *gate.g, *gate.w, n, out, in);
+        const double dot = scale_and_dot_row(s, t, *gate.g, *gate.w, n, grad_h, grad_x);
         grad[0] = logit_gradient(*gate.slope, static_cast<A>(dot), p.mix);
         sum += segments.streamed ? static_cast<double>(grad[0]) : dot;
       } else {
-        gate.visit([&](auto g, auto w) { scale_row(t, g, w, n, out, in); });
+        gate.visit([&](auto g, auto w) { scale_row(t, g, w, n, grad_h, grad_x); });
       }
       if (segments.streamed && p.grad_logit.data != nullptr) {
         store_row(grad, width, p.grad_logit, row);
       }
-      if (p.rescale) store_row(out, n, p.h, row);
-      if (p.x.data != nullptr) store_row(in, n, p.x, row);
+      if (p.rescale) store_row(grad_h, n, p.h, row);
+      if (p.x.data != nullptr) store_row(grad_x, n, p.x, row);
     }
     if (sums != nullptr && !p.by_channel) *sums = static_cast<A>(sum);
   });

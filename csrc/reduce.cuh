@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over a warp, a block and blocks, in a fixed order.
+// Sums over a warp, a block and several blocks, in a fixed order.
 #pragma once
 
 #include "launch.h"
@@ -34,10 +34,11 @@ __device__ __forceinline__ A block_sum(A value) {
 
 // ---- sums over blocks ----
 //
-// One launch: of the blocks that share a sum, the one that arrives last adds their partial sums, in
-// a fixed order. Tickets wrap to 0 for the next launch.
+// Such a sum needs no second launch: of the blocks that share a sum, the last one to arrive adds
+// the partial sums of all of them, in a fixed order. Then the ticket is 0 again, for the
+// next launch.
 
-// atomicInc that releases what the block wrote before and acquires what others released.
+// atomicInc that releases what the block has written and acquires what other blocks have released.
 __device__ __forceinline__ unsigned take_ticket(unsigned* ticket, unsigned limit) {
 #ifdef __CUDA_ARCH__
   unsigned old;
@@ -51,18 +52,19 @@ __device__ __forceinline__ unsigned take_ticket(unsigned* ticket, unsigned limit
 #endif
 }
 
-// Whether this block is the last one to arrive, of `blocks`, after its partial sums were written.
+// True if this block is the last of `blocks` blocks to arrive. A block calls it after it has
+// written its partial sums.
 __device__ __forceinline__ bool arrives_last(unsigned* ticket, unsigned blocks) {
   __shared__ bool is_last;
   __syncthreads();
-  // what it releases and acquires serves the block: both are cumulative over __syncthreads
+  // one thread acts for the whole block: release and acquire are cumulative over __syncthreads
   if (threadIdx.x == 0) is_last = take_ticket(ticket, blocks - 1) == blocks - 1;
   __syncthreads();
   return is_last;
 }
 
-// Calls end.finish(total, end.prepare()) in one thread, with the sum of `value` over the threads of
-// `blocks` blocks; this is number `block` of them.
+// Adds `value` over all threads of `blocks` blocks, and calls end.finish(total, end.prepare()) in
+// one thread. `block` is the number of this block among them.
 template <class A, class End>
 __device__ __forceinline__ void sum_over_blocks(A value, unsigned blocks, unsigned block,
                                                 unsigned* ticket, double* partials,
@@ -84,7 +86,7 @@ __device__ __forceinline__ void sum_over_blocks(A value, unsigned blocks, unsign
       const unsigned index = i + k * kThreads;
       read[k] = index < blocks ? __ldcg(partials + index) : 0;
     }
-    if (i == 0) prepared = end.prepare();  // while these are on their way
+    if (i == 0) prepared = end.prepare();  // while the loads are in flight
 #pragma unroll
     for (unsigned k = 0; k < kAtOnce; ++k) total += read[k];
   }
@@ -92,8 +94,8 @@ __device__ __forceinline__ void sum_over_blocks(A value, unsigned blocks, unsign
   if (threadIdx.x == 0) end.finish(total, prepared);
 }
 
-// The same for each warp of a block: of `value` over its lanes and the same warp of `blocks`
-// blocks.
+// Like sum_over_blocks, with one sum per warp: over the lanes of the warp and of the warps with the
+// same number in the other blocks. A warp without is_there takes part, but does not call `end`.
 template <class A, class End>
 __device__ __forceinline__ void warp_sum_over_blocks(A value, unsigned blocks, unsigned block,
                                                      unsigned* ticket, double* partials,

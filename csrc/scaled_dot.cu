@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernel of scaled_dot. Memory bound: each element is read once, in packs of 16 bytes where
-// both tensors allow.
+// CUDA kernel of scaled_dot. It is memory bound: each element is read once, in packs of 16 bytes
+// where both tensors allow.
 #include <cuda_runtime.h>
 
 #include "reduce.cuh"
@@ -10,7 +10,7 @@
 namespace gated_prompt {
 namespace {
 
-// What becomes of the sum: the gradient of the temperature.
+// Turns the sum into the gradient of the temperature, and writes it.
 struct TemperatureEnd {
   const ScaledDotParams& p;
 
@@ -94,7 +94,8 @@ int launch(const ScaledDotParams& p, void* workspace, void* stream) {
 
 }  // namespace
 
-// The bindings admit equal dtypes, and float32 (a, as coalesce puts it) beside a 16-bit type.
+// The bindings allow only equal dtypes, and float32 together with a 16-bit type; coalesce() has
+// made float32 the dtype of a.
 int launch_scaled_dot(const ScaledDotParams& params, void* workspace, void* stream) {
   switch (params.a.dtype) {
     case DType::kFloat64: return launch<double, double>(params, workspace, stream);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What bindings, CPU kernels and CUDA kernels of scaled_dot agree on. No torch and no CUDA header
-// here.
+// The interface between bindings, CPU kernels and CUDA kernels of scaled_dot. No torch or CUDA
+// header here.
 //
 //   result = -(1/temperature) * sum over all elements of a*b
 //
-// the gradient of a temperature by which queries were divided: a are the queries after that, b is
-// their gradient. In float32 (float64 for float64) up to a task or block, in float64 from there on.
+// This is the gradient of a temperature that divides the queries: a are the divided queries, b is
+// the gradient of a. Products are added in float32 (float64 for float64) within a task (CPU) or
+// block (CUDA); these partial sums are added in float64.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,7 @@
 
 namespace gated_prompt {
 
-// Gradient of a temperature by which q was divided, from dot = sum of q / temperature times its
-// gradient.
+// Gradient of a temperature that divides q. dot: the sum of a * (gradient of a), a = q/temperature.
 template <class A>
 GP_HD A temperature_gradient(A temperature, A dot) {
   return -dot / temperature;
@@ -28,15 +28,15 @@ constexpr int kDotDims = 4;
 
 struct DotOperand {
   const void* data;
-  int64_t stride[kDotDims];  // in elements; 0: the same element again
+  int64_t stride[kDotDims];  // in elements; 0 along a dimension that broadcasts
   DType dtype;
 };
 
 struct ScaledDotParams {
-  int64_t size[kDotDims];  // of a and b; the last dimension makes "columns", the others "rows"
+  int64_t size[kDotDims];  // of a and b; the last dimension is "columns", the others "rows"
   DotOperand a, b;
   const void* temperature;  // one element
-  void* result;             // one element of that dtype
+  void* result;             // one element, in the dtype of temperature
   DType temperature_dtype;
 };
 
@@ -47,9 +47,9 @@ GP_HD int64_t columns_of(const ScaledDotParams& p) {
   return p.size[kDotDims - 1];
 }
 
-// The same sum over as few dimensions as both tensors allow, the last ones of four: without those
-// of one index, longest strides first, a dimension merged with the next one where both tensors step
-// over it as over that. The wider dtype becomes that of a.
+// Returns the same sum over as few dimensions as possible. Drops dimensions of size 1, sorts the
+// others by stride (longest first) and merges neighbours that are contiguous in both tensors. The
+// remaining dimensions are the last of the four. Swaps a and b if b has the wider dtype.
 inline ScaledDotParams coalesce(ScaledDotParams p) {
   if (item_size(p.a.dtype) < item_size(p.b.dtype)) std::swap(p.a, p.b);
   struct Dimension {
@@ -86,11 +86,11 @@ struct DotOffsets {
   int64_t a, b;  // in elements
 };
 
-// Where row `row` begins.
+// Offsets of the first element of row `row`.
 GP_HD DotOffsets row_offsets(const ScaledDotParams& p, int64_t row) {
   DotOffsets offsets{0, 0};
   for (int d = kDotDims - 2; d >= 0; --d) {
-    // most dimensions are merged away: no division then
+    // after coalesce() the first case is the usual one, and needs no division
     const Division i = row < p.size[d] ? Division{0, row} : divide(row, p.size[d]);
     offsets.a += i.remainder * p.a.stride[d];
     offsets.b += i.remainder * p.b.stride[d];
@@ -101,15 +101,15 @@ GP_HD DotOffsets row_offsets(const ScaledDotParams& p, int64_t row) {
 
 // ---- CPU ----
 //
-// Tasks of rows, or of a part of one row, whose size depends on shapes alone; their sums are added
-// in order. Params are coalesced.
+// A task is some whole rows, or a part of one row. Its size depends only on the shapes and strides
+// of the tensors, and the sums of the tasks are added in order. Params must be coalesced.
 
-constexpr int64_t kDotTaskElements = 1024;  // of both tensors, widened: 8 to 16 KiB
+constexpr int64_t kDotTaskElements = 1024;  // per tensor; both tensors, widened: 8 to 16 KiB
 
 struct DotTasks {
-  int64_t rows;     // of a task; the last one may have fewer
-  int64_t columns;  // of a task; the last one of a row may have fewer
-  int64_t per_row;  // tasks side by side
+  int64_t rows;     // per task; the last task may have fewer
+  int64_t columns;  // per task; the last task of a row may have fewer
+  int64_t per_row;  // tasks per row; 1 if a task has several rows
   int64_t count;
 };
 
@@ -121,7 +121,7 @@ inline DotTasks dot_tasks_of(const ScaledDotParams& p) {
   return {of_rows, ceil_div(columns, per_row), per_row, per_row * ceil_div(rows, of_rows)};
 }
 
-// partials: a sum for each task
+// partials: one sum per task
 void scaled_dot_cpu(const ScaledDotParams& params, int64_t task_begin, int64_t task_end,
                     double* partials);
 void scaled_dot_finish_cpu(const ScaledDotParams& params, const double* partials);
@@ -132,13 +132,13 @@ constexpr int64_t kMaxPartials = 2048;  // blocks: two waves
 
 struct DotPlan {
   int64_t grid;  // blocks
-  int vector;    // elements in a pack: 16 bytes of the narrower tensor, or 4 bytes, or one element
+  int vector;    // elements in a pack: 16 bytes of the narrower dtype, or 4 bytes, or one element
   int64_t packs_per_row;
   int64_t packs;
 };
 
-// Whether each pack is contiguous and aligned (up to 16 bytes) in both tensors, and none is partly
-// beyond its row.
+// True if a row is a whole number of packs, and each pack is contiguous and aligned (to its size,
+// at most 16 bytes) in both tensors.
 inline bool dot_packs_fit(const ScaledDotParams& p, int vector) {
   if (columns_of(p) % vector != 0) return false;
   for (const DotOperand* x : {&p.a, &p.b}) {
@@ -169,7 +169,7 @@ inline DotPlan plan_scaled_dot(const ScaledDotParams& p) {
   return plan;
 }
 
-// Where pack `index` begins.
+// Offsets of the first element of pack `index`.
 GP_HD DotOffsets dot_pack_offsets(const ScaledDotParams& p, const DotPlan& plan, int64_t index) {
   const Division i =
       index < plan.packs_per_row ? Division{0, index} : divide(index, plan.packs_per_row);
@@ -178,7 +178,7 @@ GP_HD DotOffsets dot_pack_offsets(const ScaledDotParams& p, const DotPlan& plan,
   return {row.a + column * p.a.stride[kDotDims - 1], row.b + column * p.b.stride[kDotDims - 1]};
 }
 
-// Of the workspace that the gate's sums use as well: see prompt_gate.h.
+// Bytes of the workspace (see launch.h) that the launch needs. The gate uses the same workspace.
 inline size_t workspace_bytes(const DotPlan& plan) {
   return plan.grid > 1 ? kTicketBytes + static_cast<size_t>(plan.grid) * sizeof(double) : 0;
 }

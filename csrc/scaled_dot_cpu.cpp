@@ -10,12 +10,13 @@
 namespace gated_prompt {
 namespace {
 
-// `columns` elements, from `column` on, of each of `rows` rows.
+// Columns [column, column + columns) of rows [row, row + rows).
 struct Block {
   int64_t row, rows, column, columns;
 };
 
-// Short rows are gathered first: the loop over products would do little in each of them.
+// A block with several rows has short rows. They are copied into one buffer first, because a loop
+// over the products of one short row would do too little work.
 template <class A>
 double dot_block(const ScaledDotParams& p, const Block& block, A* a_buffer, A* b_buffer) {
   const int64_t n = block.columns;

@@ -25,10 +25,10 @@ struct Word<16> {
   using type = uint4;
 };
 
-// kCount elements of T, moved in words of up to 16 bytes. They stay words until `get`: as elements,
-// a 16-bit pack would be split up, and so waited for, where it is loaded (seen in SASS). Stores go
-// through __stwb, an ordinary store that stays whole: nvcc 13.0 splits some of what is written as
-// an assignment (seen in SASS).
+// kCount elements of T, loaded and stored in words of up to 16 bytes. A pack stays in words until
+// `get`: nvcc splits a pack of 16-bit elements directly after the load, and the thread would wait
+// for the load there (seen in SASS). Stores use __stwb, an ordinary store that stays whole: nvcc
+// 13.0 splits some stores that are written as assignments (seen in SASS).
 template <class T, int kCount>
 struct Pack {
   static constexpr int kWordBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What CPU kernels share: elements of any dtype widened into buffers, and sums of products over
-// them.
+// Shared by the CPU kernels: loads that widen elements of any dtype into a buffer, and sums of
+// products.
 #pragma once
 
 #include <type_traits>
 
 #include "dtypes.h"
 
-// One build serves every x86-64: the loader picks the widest version that the processor has.
+// One build is good for every x86-64 processor: functions are compiled for several instruction
+// sets, and the loader picks the widest version that the processor supports.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__ELF__)
 #define GP_HAS_CLONES 1
-#if __GNUC__ >= 12             // g++ 12 on (clang calls itself 4)
+#if __GNUC__ >= 12             // g++ 12 or later (clang calls itself 4)
 #define GP_WIDEST "x86-64-v4"  // AVX-512 with its instructions for 16-bit elements
 #define GP_TARGET_CLONES __attribute__((target_clones("arch=" GP_WIDEST, "avx2", "default")))
 #else
@@ -23,9 +24,10 @@
 #endif
 
 namespace gated_prompt {
-namespace {  // here too: versions of a function for several processors belong to one object file
+// Unnamed also in a header: all versions of a function must be in one object file.
+namespace {
 
-// ---- loops over n elements; strides in elements, kUnit: 1, known at compile time ----
+// ---- loops over n elements; strides in elements; kUnit: stride 1, known at compile time ----
 
 template <bool kUnit>
 inline int64_t at(int64_t i, int64_t stride) {
@@ -40,7 +42,7 @@ GP_TARGET_CLONES void load(const T* source, int64_t stride, int64_t n, A* __rest
   }
 }
 
-// Sums are taken in kLanes interleaved lanes, which are the same whatever the instruction set.
+// Sums have kLanes interleaved lanes with every instruction set, so that all give the same bits.
 constexpr int64_t kLanes = 32;
 
 template <class A>
@@ -63,8 +65,8 @@ GP_TARGET_CLONES double dot_row(const V* s, const A* t, int64_t n) {
 
 // ---- elements of any dtype ----
 
-// n elements from data[offset] on, as V: where they lie, or widened in `buffer`. A storage type is
-// only found where they lie.
+// Returns n elements, starting at data[offset], as V: a pointer into data, or `buffer` with the
+// widened elements. If V is a 16-bit type, the data must be contiguous elements of V.
 template <class V>
 const V* load_any(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t n,
                   V* buffer) {
