@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gates as autograd Functions over the raw ops."""
+"""The gates as autograd Functions that call the raw ops."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NOTHING = contextlib.nullcontext()
 class PromptGateFunction(torch.autograd.Function):
     """The gate on rows [start, start + length) of block_out [B, N, D], in place.
 
-    rows [B, P, D] are the prompt rows of block_in; gate_logit broadcasts to [B, P, D]. carrier, if
-    it is not None, receives the gradient of `rows`; if `carries`, another carrier [B, P, D] is
-    returned together with block_out. The values of that one mean nothing; its gradient is that of
-    the updated rows, from the next gate. Between forward and backward one [B, P, D] tensor is kept,
-    (h - x) / 2 (mix) or h (residual), and only if `save`, that is if the gate needs a gradient. It
-    is not rebuilt from the result: with g = 4.5e-5 that division loses every digit of bfloat16.
+    rows [B, P, D] are the prompt rows of block_in; gate_logit broadcasts to [B, P, D]. If carrier
+    is not None, it receives the gradient of `rows`. If `carries`, the outputs are block_out and a
+    new carrier [B, P, D]. Its values mean nothing; the next gate sends it a gradient of the updated
+    rows. If `save`, which means that the gate needs a gradient, one [B, P, D] tensor is saved for
+    backward: (h - x) / 2 (mix) or h (residual). It can't be recomputed from the result: with g =
+    4.5e-5 the division by g loses every digit of bfloat16.
     """
 
     @staticmethod
@@ -55,9 +55,10 @@ class PromptGateFunction(torch.autograd.Function):
 class PromptGateLinearFunction(torch.autograd.Function):
     """`PromptGateFunction` with gate_logit = h @ weight.T + bias, h the prompt rows of block_out.
 
-    weight is [D, D] or [1, D]. Between forward and backward are kept: the logit, [B, P, D] or
-    [B, P, 1]; what block_out, weight and bias need of h and x, as in `PromptGateFunction`; and, for
-    weight, h [B, P, D], which for the rule residual is the same. `saves` says which of the three.
+    weight is [D, D] or [1, D]. Saved for backward are the logit, [B, P, D] or [B, P, 1]; for the
+    gradients of block_out, weight and bias, the tensor that `PromptGateFunction` saves; and, for
+    the gradient of weight, h [B, P, D]. With the rule residual the last two are the same tensor.
+    `saves` has a bool for each of the three.
     """
 
     @staticmethod
@@ -93,7 +94,7 @@ class PromptGateLinearFunction(torch.autograd.Function):
                 ctx, grad_out, grad_carrier, may_write,
                 saved, logit, need_out or need_weight, need_bias,
             )  # fmt: skip
-            if need_out:  # h changes the logit, too
+            if need_out:  # the logit also depends on h
                 rows = grad_out[:, ctx.start : ctx.start + ctx.length]
                 _add_product_(rows, grad_logit, weight.to(rows.dtype))
             if need_weight:
@@ -103,7 +104,7 @@ class PromptGateLinearFunction(torch.autograd.Function):
 
 
 def linear_logit(h, weight, bias):
-    """h @ weight.T + bias in h's dtype, for weight [1, D] in float32 (float64); autocast or not."""
+    """h @ weight.T + bias in h's dtype (float32 or float64 for weight [1, D]); ignores autocast."""
     dtype = h.dtype if weight.shape[0] != 1 else torch.promote_types(h.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
     with no_autocast(h.device.type):
@@ -132,7 +133,7 @@ def _outputs(ctx, block_out, rows, saved, carries, start, length, mix):
     if not carries:
         return block_out
     ctx.like = block_out.shape, block_out.dtype, block_out.device
-    if saved.shape == rows.shape:  # whatever has the shape serves as a carrier
+    if saved.shape == rows.shape:  # a carrier needs only this shape
         return block_out, saved.detach()
     return block_out, block_out.new_empty(()).expand(rows.shape)
 
@@ -156,10 +157,10 @@ def _no_grad_no_autocast(device_type):
 def _gate_backward(
     ctx, grad_out, grad_carrier, may_write, saved, gate_logit, need_logit, need_bias
 ):  # fmt: skip
-    """The gradients of block_out, which takes the place of grad_out or, unless `may_write`, of a
-    copy; of rows; of gate_logit; and of a bias in that."""
+    """Returns the gradients of block_out, rows, gate_logit and a bias that was added to the logit.
+    The first is written into grad_out if `may_write`, otherwise into a copy."""
     need_out, need_in, need_carrier = ctx.needs_input_grad[:3]
-    if grad_out is None:  # of the sequence nothing was used but its carrier
+    if grad_out is None:  # the carrier was used, but not the sequence
         shape, dtype, device = ctx.like
         grad_out, may_write = torch.zeros(shape, dtype=dtype, device=device), True
     if is_mapped(grad_out) or (grad_carrier is not None and is_mapped(grad_carrier)):
@@ -179,7 +180,7 @@ def _gate_backward(
 def _mapped_gate_backward(
     ctx, grad_out, grad_carrier, saved, gate_logit, need_logit, need_bias
 ):  # fmt: skip
-    """The same in aten, where torch.autograd.grad(is_grads_batched=True) maps it."""
+    """`_gate_backward` in ATen ops, which torch.autograd.grad(is_grads_batched=True) can map."""
     grad_out = grad_out.resolve_neg()
     dtype = torch.promote_types(grad_out.dtype, torch.float32)
     rows = grad_out[:, ctx.start : ctx.start + ctx.length].to(dtype)
@@ -216,7 +217,7 @@ def _weight_gradient(grad_logit, h):
 
 
 def _needed(ctx, *grads):
-    """A gradient for each argument of forward, None for those that need none."""
+    """Returns a gradient for each argument of forward, None if it needs no gradient."""
     needs = ctx.needs_input_grad
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
     grads += [None] * (len(needs) - len(grads))
@@ -231,9 +232,8 @@ def _needed(ctx, *grads):
 class _NoSecondDerivative(torch.autograd.Function):
     """Identity on gradients that raises when differentiated.
 
-    torch's once_differentiable does so only where the incoming gradient requires grad; here the
-    gate's own inputs are missing from the graph of the gradient as well, and a silent zero would be
-    wrong.
+    torch's once_differentiable raises only if the incoming gradient requires grad. But the graph of
+    our gradients lacks the gate's inputs too, so their second derivatives would silently be zero.
     """
 
     @staticmethod
@@ -244,6 +244,6 @@ class _NoSecondDerivative(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError(
             "prompt_gate: the kernels have no second derivative; use torch.func (grad, jvp, "
-            "hessian), which also serves what wrap returns, or gated_prompt.reference.prompt_gate "
-            "(prompt_gate_linear)"
+            "hessian), which also works with a model that wrap returned, or "
+            "gated_prompt.reference.prompt_gate (prompt_gate_linear)"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documented functions require of their arguments, and the errors that say so."""
+"""Checks of the arguments of the documented functions, with their error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RULES = ("mix", "residual")
 
 
 def require_writable(op, block_out, rows, carrier, **gate) -> None:
-    """Raises where the result can't be in place; autograd itself does so only after the write."""
+    """Raises if block_out can't be written in place; autograd would raise only after the write."""
     require_kernels(op, block_out.device)
     has_inference = False
     for t in gate.values():  # any() over a generator takes three times as long
@@ -36,7 +36,7 @@ def require_writable(op, block_out, rows, carrier, **gate) -> None:
         return
     elif has_inference:
         names = " or ".join(gate)
-        raise RuntimeError(f"{op}: {names} is an inference tensor and can't be saved")
+        raise RuntimeError(f"{op}: {names} is an inference tensor and can't be saved for backward")
     elif not block_out._is_view():
         return
     elif block_out._base.is_leaf and block_out._base.requires_grad:
@@ -53,7 +53,7 @@ def require_writable(op, block_out, rows, carrier, **gate) -> None:
 
 
 def require_storage(op: str, **tensors: Tensor) -> None:
-    """Raises where a tensor reaches beyond its storage: the kernels check this, aten does not."""
+    """Raises if a tensor reaches beyond its storage. The kernels check this, ATen ops do not."""
     for name, t in tensors.items():
         last = t.storage_offset() + sum(
             (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
@@ -67,8 +67,8 @@ def require_storage(op: str, **tensors: Tensor) -> None:
 
 
 def checked(op, block_out, block_in, start, length, rule, carrier=None, **gate):
-    """Checks arguments; gate is gate_logit=, or weight= and bias=. Returns start >= 0 and the rows
-    of block_in [B, P, D]."""
+    """Checks the arguments. gate: gate_logit=, or weight= and bias=. Returns a start >= 0 and the
+    prompt rows of block_in, [B, P, D]."""
     _check_tensor(op, "block_out", block_out, block_out)
     _check_tensor(op, "block_in", block_in, block_out)
     for name, tensor in gate.items():
@@ -102,7 +102,7 @@ def checked(op, block_out, block_in, start, length, rule, carrier=None, **gate):
         try:
             rows = block_in[:, start : start + length]
         except RuntimeError:
-            require_storage(op, block_in=block_in)  # names the argument, if that was it
+            require_storage(op, block_in=block_in)  # a clearer error, if this is the cause
             raise
     elif tuple(block_in.shape) == (batch, length, dim):
         rows = block_in

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented functions: checked arguments, then kernels (eager) or aten (traced)."""
+"""The documented functions: check the arguments, then run kernels (eager) or ATen ops (traced)."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ def prompt_gate(
         mix:       out = g * h + (1 - g) * x
         residual:  out = x + g * h
 
-    All other rows are those of block_out, bit for bit. Computed in float32 (float64 for float64)
-    and rounded once to the dtype of block_out; autocast changes nothing.
+    All other rows are copied from block_out, bit for bit. The formula is computed in float32
+    (float64 for float64) and rounded once to block_out's dtype. Autocast changes nothing.
 
     Args:
-        block_out: What the block returned, [B, N, D]; float64, float32, bfloat16 or float16, any
+        block_out: The block's output, [B, N, D]; float64, float32, bfloat16 or float16, any
             strides.
-        block_in: What the block was given, [B, N, D], of which the prompt rows are read; or these
-            rows alone, [B, P, D] or [P, D]. Its dtype may differ from that of block_out.
+        block_in: The block's input: the sequence [B, N, D], of which only the prompt rows are read,
+            or only these rows, [B, P, D] or [P, D]. Its dtype may differ from block_out's.
         gate_logit: The gate before the sigmoid; any shape that broadcasts to [B, P, D]: [] one gate
             per block, [D] per channel, [P, 1] per token, [B, 1, 1] per sample, [P, D], [B, P, D],
-            ... May be float32 beside bfloat16 activations.
-        start: First prompt row, in [-N, N]; negative counts from the end.
+            ... May be float32 when the activations are bfloat16.
+        start: Index of the first prompt row, in [-N, N]; negative counts from the end.
         length: P, the number of prompt rows.
         rule: "mix" (the paper's convex update) or "residual".
 
     Returns:
-        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in and gate_logit; that of
-        gate_logit is summed in float32 (float64), in a fixed order: the same bits from run to run.
-        Second derivatives raise where the kernels ran (use `gated_prompt.reference.prompt_gate`).
+        [B, N, D] in block_out's dtype. Gradients flow to block_out, block_in and gate_logit. The
+        gradient of gate_logit is summed in float32 (float64) in a fixed order, so every run gives
+        the same bits. Second derivatives raise an error if the kernels ran (use
+        `gated_prompt.reference.prompt_gate`).
 
     Raises:
         TypeError: an argument is not a tensor (or int), or its dtype is not one of the four.
-        ValueError: shapes, slice or rule do not fit.
+        ValueError: a shape, the slice or the rule is not allowed.
         RuntimeError: devices differ, or there are no kernels for the device.
         NotImplementedError: a tensor is sparse, nested, quantized or mkldnn.
 
@@ -76,28 +77,31 @@ def prompt_gate_(
     *,
     carrier: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`prompt_gate`, written into block_out: only its prompt rows are read and written.
+    """`prompt_gate` in place: reads and writes only the prompt rows of block_out.
 
-    For autograd this is an in-place operation and follows PyTorch's rules: what a ViT block returns
-    (a sum) may be overwritten; a leaf that requires grad, or a tensor that an earlier op saved for
-    its backward (relu, tanh, softmax), raises PyTorch's error. block_in may not overlap the prompt
-    rows of block_out in memory, unless both are the very same elements.
+    For autograd this is an in-place operation with PyTorch's rules. The output of a ViT block (a
+    sum) may be overwritten. A leaf that requires grad raises an error before the write. A tensor
+    that an earlier op saved for its backward (relu, tanh, softmax) raises PyTorch's error when that
+    backward runs. The prompt rows of block_in and block_out must not overlap in memory, unless they
+    are exactly the same elements.
 
     Args, formula, dtypes, gradients and errors: see `prompt_gate`. Also:
 
     Args:
-        carrier: Spares the gradient of block_in, which is [B, N, D] and zero but for its prompt
-            rows. [B, P, D]: the gradient of block_in's prompt rows goes here instead. For the first
-            gate it is the prompts as they were inserted; for each next one, what the last returned.
-            A compiled or transformed gate sends it through block_in all the same.
+        carrier: [B, P, D] in block_in's dtype. The gradient of block_in's prompt rows goes to this
+            tensor, so that autograd need not build a [B, N, D] gradient of block_in that is zero in
+            all other rows. First gate: the prompts as they were inserted into the sequence. Each
+            later gate: the carrier that the gate before it returned. A compiled or transformed gate
+            does not use it and sends the gradient through block_in.
 
     Returns:
-        block_out; or (block_out, carrier of the next gate) where a carrier was given. That tensor
-        has no values, only a gradient.
+        block_out; if a carrier was given, (block_out, carrier for the next gate). The values of the
+        returned carrier mean nothing; only its gradient counts.
 
     Raises:
-        RuntimeError: also where block_out overlaps itself (an expanded tensor) or is an inference
-            tensor outside inference mode.
+        RuntimeError: also if block_out overlaps itself in memory (an expanded tensor), or can't be
+            written in place: a leaf that requires grad, or an inference tensor outside inference
+            mode.
     """
     start, rows = checked(
         "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
@@ -119,7 +123,7 @@ def prompt_gate_linear(
     length: int,
     rule: str = "residual",
 ) -> Tensor:
-    """`prompt_gate` with a gate that the block's output decides itself; returns a new sequence.
+    """`prompt_gate` with a gate computed from the block's output; returns a new sequence.
 
     On the prompt rows, with h the rows of block_out and x the rows of block_in:
 
@@ -127,24 +131,26 @@ def prompt_gate_linear(
         mix:       out = g * h + (1 - g) * x
         residual:  out = x + g * h
 
-    All other rows are those of block_out, bit for bit. The product is a GEMM in block_out's dtype,
-    under autocast too, and the rest is computed in float32 (float64 for float64) and rounded once.
-    weight [1, D] needs no GEMM: dot product, sigmoid and update are one pass in float32 (float64).
+    All other rows are copied from block_out, bit for bit. The product is a GEMM in block_out's
+    dtype, also under autocast. The rest is computed in float32 (float64 for float64) and rounded
+    once. weight [1, D] needs no GEMM: dot product, sigmoid and update are one pass in float32
+    (float64).
 
     Args:
         block_out, block_in, start, length, rule: See `prompt_gate`.
-        weight: [D, D], a gate for each channel, or [1, D], a gate for each token, as a
-            torch.nn.Linear(D, D) or (D, 1) holds it. May be float32 beside bfloat16 activations.
+        weight: [D, D] for a gate per channel or [1, D] for a gate per token: the weight of
+            torch.nn.Linear(D, D) or (D, 1). May be float32 when the activations are bfloat16.
         bias: [D] or [1]; None: no bias.
 
     Returns:
-        [B, N, D], dtype of block_out. Gradients flow to block_out, block_in, weight and bias.
-        Second derivatives raise where the kernels ran (use
-        `gated_prompt.reference.prompt_gate_linear`). Kernels of this package give the same bits
-        from run to run; the GEMMs are PyTorch's, whose results may depend on the number of threads.
+        [B, N, D] in block_out's dtype. Gradients flow to block_out, block_in, weight and bias.
+        Second derivatives raise an error if the kernels ran (use
+        `gated_prompt.reference.prompt_gate_linear`). The kernels of this package give the same bits
+        in every run. The GEMMs are PyTorch's, and their results may depend on the number of
+        threads.
 
     Raises:
-        As `prompt_gate`.
+        The errors of `prompt_gate`.
 
     Source: the linear-sigmoid gate with residual add on the prompt tokens, a variant of Yoo et al.,
     ICML 2023, arXiv 2306.05067, section 3.2.
@@ -171,10 +177,10 @@ def prompt_gate_linear_(
     *,
     carrier: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`prompt_gate_linear`, written into block_out: only its prompt rows are read and written.
+    """`prompt_gate_linear` in place: reads and writes only the prompt rows of block_out.
 
-    Formula, dtypes and gradients: see `prompt_gate_linear`. What may be overwritten, `carrier`,
-    what is returned and errors: see `prompt_gate_`.
+    Formula, dtypes and gradients: see `prompt_gate_linear`. Rules for writing in place, `carrier`,
+    return value and errors: see `prompt_gate_`.
     """
     op = "prompt_gate_linear_"
     start, rows = checked(
@@ -193,20 +199,20 @@ def prompt_gate_linear_(
 
 def _own_copy(op: str, block_out: Tensor) -> Tensor:
     require_kernels(op, block_out.device)
-    require_storage(op, block_out=block_out)  # clone() would read past its end
+    require_storage(op, block_out=block_out)  # clone() would read past the storage's end
     return block_out.clone()
 
 
 def _apply(op, block_out, rows, carrier, gate, start, length, rule):
-    """gate: (gate_logit,), or (weight, bias)."""
-    if len(gate) == 2:  # aten reads them, and would read freed memory
+    """Runs the kernels. gate: (gate_logit,), or (weight, bias)."""
+    if len(gate) == 2:  # ATen ops read these tensors and do not check for freed storage
         named = zip(("block_out", "weight", "bias"), (block_out, *gate), strict=True)
         require_storage(op, **{name: t for name, t in named if t is not None})
     has_kernel = block_out.dtype == rows.dtype or (
         torch.float64 not in (block_out.dtype, rows.dtype)
         and torch.float32 in (block_out.dtype, rows.dtype)
     )
-    if not has_kernel:  # float64 beside another dtype, float16 beside bfloat16: rare
+    if not has_kernel:  # float64 with another dtype, or float16 with bfloat16: rare
         require_storage(op, block_in=rows)
         dtype = torch.float64 if block_out.dtype == torch.float64 else torch.float32
         rows = rows.to(dtype)
@@ -228,5 +234,5 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
         out = PromptGateLinearFunction.apply(*arguments, saves)
     if carrier is None or carries:
         return out
-    # autograd allows one output where block_out is a view, and needs none without gradients
+    # If block_out is a view, autograd allows only one output; without gradients, one is enough.
     return out, out[:, start : start + length]

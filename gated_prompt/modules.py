@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that own the parameters of the functions in `gated_prompt.functional`."""
+"""Modules that own the parameters for the functions in `gated_prompt.functional`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gated_prompt.functional import (
 from gated_prompt.traced import is_traced
 
 GATES = {  # name: shape of its parameter
-    "scalar": (1,),  # not (): FSDP2's fully_shard takes no parameter without dimensions
+    "scalar": (1,),  # not (): FSDP2's fully_shard refuses parameters without dimensions
     "channel": ("dim",),
     "token": ("num_prompts", 1),
     "full": ("num_prompts", "dim"),
@@ -30,7 +30,7 @@ PROMPT_INITS = ("uniform", "normal")
 _CLOSED = -5.0  # sigmoid(-5) = 0.0067
 
 
-# A symbolic trace (torch.fx) keeps calls of these as they are.
+# torch.fx does not trace into these functions.
 torch.fx.wrap("prompt_gate")
 torch.fx.wrap("prompt_gate_linear")
 
@@ -38,13 +38,13 @@ torch.fx.wrap("prompt_gate_linear")
 class PromptGate(nn.Module):
     """One learnable gate for the prompt rows of one block.
 
-    Formulas: `gated_prompt.prompt_gate` with a logit of its own, `gated_prompt.prompt_gate_linear`
-    for the gates "linear" and "linear-token".
+    Formulas: see `gated_prompt.prompt_gate`, and `gated_prompt.prompt_gate_linear` for the gates
+    "linear" and "linear-token".
 
     Attributes:
         logit: The gate before the sigmoid, a float32 parameter; None for the linear gates.
-        weight, bias: Of the linear gates, float32 parameters, [D, D] and [D], or [1, D] and [1];
-            None for the others.
+        weight, bias: The float32 parameters of the linear gates: [D, D] and [D] ("linear"), or
+            [1, D] and [1] ("linear-token"). None for the other gates.
     """
 
     def __init__(
@@ -59,15 +59,17 @@ class PromptGate(nn.Module):
         """Makes a gate.
 
         Args:
-            gate: "scalar", one for the block (the paper's); "channel"; "token", one for each
-                prompt; "full", one for each element of the prompts. Or decided at each token by the
-                block's output: "linear", a gate for each channel, "linear-token", one for all.
+            gate: "scalar": one gate for the block (the paper's). "channel": one per channel.
+                "token": one per prompt. "full": one per element of the prompts. The linear gates
+                are computed from the block's output, for each prompt: "linear": one gate per
+                channel; "linear-token": one gate for all channels.
             rule: "mix": g*h + (1-g)*x. "residual": x + g*h.
-            dim: D; needed by all but "scalar" and "token".
-            num_prompts: P; needed by "token" and "full".
-            init: Start of the logit, or of the linear gates' bias; -5 is a nearly closed gate, g =
-                0.0067. None: -5, but for the linear gates the bias of torch.nn.Linear, as always
-                their weight, so that g starts near 0.5.
+            dim: D; required by all gates except "scalar" and "token".
+            num_prompts: P; required by "token" and "full".
+            init: Initial value of the logit, or of the bias of a linear gate; -5 is a nearly closed
+                gate, g = 0.0067. None: -5; for a linear gate, the initial bias of torch.nn.Linear.
+                The weight of a linear gate always starts as in torch.nn.Linear, so with None g
+                starts near 0.5.
         """
         super().__init__()
         for name, value, allowed in (("gate", gate, tuple(GATES)), ("rule", rule, RULES)):
@@ -88,7 +90,7 @@ class PromptGate(nn.Module):
         if self.weight is None:
             nn.init.constant_(self.logit, _CLOSED if self.init is None else self.init)
             return
-        bound = 1 / math.sqrt(self.weight.shape[1])  # as torch.nn.Linear, weight and bias
+        bound = 1 / math.sqrt(self.weight.shape[1])  # as in torch.nn.Linear, for weight and bias
         nn.init.uniform_(self.weight, -bound, bound)
         if self.init is None:
             nn.init.uniform_(self.bias, -bound, bound)
@@ -107,9 +109,15 @@ class PromptGate(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Gates rows [start, start + length) of block_out [B, N, D].
 
-        carrier: see `gated_prompt.prompt_gate_`; with one, a pair is returned. inplace: Write into
-        block_out, but under torch.compile, tracing and torch.func; False: never, where others may
-        keep what the block returned.
+        Args:
+            block_out, block_in, start, length: See `gated_prompt.prompt_gate`.
+            carrier: See `gated_prompt.prompt_gate_`.
+            inplace: True: write into block_out, except under torch.compile, tracing and torch.func.
+                False: never write into it; needed if other code may keep the block's output.
+
+        Returns:
+            The new sequence [B, N, D]; if a carrier was given, (sequence, carrier for the next
+            gate).
         """
         logit = self.logit
         gate = (self.weight, self.bias) if logit is None else (logit,)
@@ -117,7 +125,7 @@ class PromptGate(nn.Module):
         if inplace and not is_traced(block_out, block_in, *gate):
             function = prompt_gate_linear_ if logit is None else prompt_gate_
             return function(*arguments, carrier=carrier)
-        # a compiler fuses this into the ops around it, carriers or not
+        # a compiler fuses this with the ops around it, with or without carriers
         out = (prompt_gate_linear if logit is None else prompt_gate)(*arguments)
         return out if carrier is None else (out, out[:, start : start + length])
 
@@ -127,7 +135,7 @@ class PromptGate(nn.Module):
 
 
 class PromptTokens(nn.Module):
-    """Learnable prompt tokens, and where they go in a sequence.
+    """Learnable prompt tokens, and their place in the sequence.
 
     Attributes:
         tokens: [P, D], a float32 parameter.
@@ -149,11 +157,10 @@ class PromptTokens(nn.Module):
             num_prompts: P.
             dim: D.
             position: "start", right after the class and register tokens; "end", after the patches.
-            dropout: Probability with which an element of the prompts is zeroed before insertion, in
+            dropout: Probability that an element of the prompts is zeroed before insertion, in
                 training.
-            init: "uniform" in +-sqrt(6 / (patch_dim + dim)), as VPT does; "normal": standard
-                normal.
-            patch_dim: Values in a patch, channels * height * width; for init="uniform".
+            init: "uniform": in +-sqrt(6 / (patch_dim + dim)), as in VPT. "normal": standard normal.
+            patch_dim: Number of values in a patch, channels * height * width; for init="uniform".
 
         Source: Jia et al., ECCV 2022, arXiv 2203.12119 (VPT).
         """
@@ -182,12 +189,12 @@ class PromptTokens(nn.Module):
         """Inserts the tokens.
 
         Args:
-            x: Class and register tokens, then patches, [B, N, D].
-            num_prefix_tokens: How many of them come before the patches.
+            x: The tokens [B, N, D]: class and register tokens, then patches.
+            num_prefix_tokens: The number of tokens before the patches.
 
         Returns:
-            The sequence [B, N + P, D]; the prompts in it [B, P, D], after dropout, which are the
-            first carrier of `prompt_gate_`; and the position of the first one.
+            The sequence [B, N + P, D]; the inserted prompts [B, P, D], after dropout, which are the
+            first carrier for `prompt_gate_`; and the position of the first prompt.
         """
         start = num_prefix_tokens if self.position == "start" else x.shape[1]
         prompts = _expanded(self, self.tokens, x)
@@ -198,14 +205,14 @@ class PromptTokens(nn.Module):
 
 
 class DeepPromptTokens(nn.Module):
-    """Fresh prompt tokens for each block but the first, as VPT-deep has them.
+    """New prompt tokens for each block except the first, as in VPT-deep.
 
     Attributes:
         tokens: [L - 1, P, D], a float32 parameter; tokens[l] enter block l + 1, counted from 0.
     """
 
     def __init__(self, first: PromptTokens, depth: int):
-        """Makes the tokens for blocks 1, ..., depth - 1, as `first`, those of block 0, were made.
+        """Makes the tokens for blocks 1, ..., depth - 1 in the same way as `first` for block 0.
 
         Source: Jia et al., ECCV 2022, arXiv 2203.12119 (VPT).
         """
@@ -219,7 +226,7 @@ class DeepPromptTokens(nn.Module):
     reset_parameters = PromptTokens.reset_parameters
 
     def forward(self, block: int, like: Tensor) -> Tensor:
-        """The prompts that enter `block` >= 1, [B, P, D], in batch size and dtype of like."""
+        """Returns the prompts [B, P, D] for `block` >= 1, in the batch size and dtype of `like`."""
         return _expanded(self, self.tokens[block - 1], like)
 
     def extra_repr(self) -> str:
@@ -227,9 +234,9 @@ class DeepPromptTokens(nn.Module):
 
 
 def _expanded(module, tokens: Tensor, like: Tensor) -> Tensor:
-    """tokens [P, D] after dropout, [B, P, D] in batch size and dtype of like."""
+    """tokens [P, D] after dropout, as [B, P, D] in the batch size and dtype of `like`."""
     if not torch.is_grad_enabled() and not torch.jit.is_tracing():
-        tokens = tokens.detach()  # a view of a parameter confuses torch's FlopCounterMode there
+        tokens = tokens.detach()  # torch's FlopCounterMode fails there on views of parameters
     tokens = tokens.expand(like.shape[0], -1, -1)
     return (module.dropout(tokens) if module.training else tokens).to(like.dtype)
 

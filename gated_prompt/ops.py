@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled modules, and their raw ops as torch sees them.
+"""Loads the compiled modules and registers fakes for their raw ops.
 
-Nothing here checks the meaning of arguments; the documented functions, in
-`gated_prompt.functional`, do.
+The meaning of arguments is checked in the documented functions (`gated_prompt.functional`), not
+here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ try:
 except ImportError as error:
     raise ImportError(
         f"gated_prompt: the compiled module gated_prompt._C does not load under torch "
-        f"{torch.__version__} (one build serves torch 2.10 and later): {error}. To build it, "
+        f"{torch.__version__} (one build works with torch 2.10 and later): {error}. To build it, "
         f"{BUILD_HINT}."
     ) from error
 
-# None: CUDA kernels are there. Else: why not, for the error that a CUDA tensor gets.
+# None if the CUDA kernels are available, otherwise the reason, for error messages.
 cuda_unavailable_reason: str | None = None
 if torch.version.cuda is None:
     cuda_unavailable_reason = f"torch {torch.__version__} is a CPU-only build"
@@ -34,7 +34,7 @@ else:
         import gated_prompt._C_cuda as _C_cuda
     except ModuleNotFoundError:
         cuda_unavailable_reason = (
-            "gated_prompt was built without CUDA (no CUDA toolkit then, or a CPU-only torch)"
+            "gated_prompt was built without CUDA (found no CUDA toolkit, or only a CPU-only torch)"
         )
     except ImportError as error:
         cuda_unavailable_reason = f"gated_prompt._C_cuda does not load: {error}"
@@ -50,9 +50,10 @@ if _HAS_RANGES:
 
 
 def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a build for `architectures` ("8.0,9.0+PTX") runs on a GPU of this capability.
+    """True if a build for `architectures` ("8.0,9.0+PTX") runs on a GPU of this capability.
 
-    Machine code runs on its own major version from its minor on; PTX is compiled for any later GPU.
+    Machine code runs on GPUs of the same major version and the same or a later minor version. The
+    driver compiles PTX for any later GPU.
     """
     for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
         built = (int(major), int(minor))
@@ -62,7 +63,7 @@ def has_kernel(capability: tuple[int, int], architectures: str) -> bool:
 
 
 def require_kernels(op: str, device: torch.device) -> None:
-    """Raises RuntimeError unless there are kernels for `device` (on meta, there are shapes)."""
+    """Raises RuntimeError if there are no kernels for `device` (meta needs none, only shapes)."""
     if device.type in ("cpu", "meta"):
         return
     if device.type != "cuda":
@@ -82,7 +83,7 @@ def _lacking_architecture(index: int) -> str | None:
     if has_kernel(capability, architectures):
         return None
     return (
-        f"its architecture {'.'.join(map(str, capability))} is not among those of this build, "
+        f"the GPU's architecture {'.'.join(map(str, capability))} is not in this build, which has "
         f"{architectures} (set TORCH_CUDA_ARCH_LIST)"
     )
 
@@ -91,16 +92,16 @@ def _lacking_architecture(index: int) -> str | None:
 
 
 def ranged(name, function, length=None):
-    """`function` itself; under GATED_PROMPT_NVTX=1, `function` inside an nvtx range.
+    """Returns `function`; under GATED_PROMPT_NVTX=1, `function` inside an nvtx range.
 
-    The range, in the domain "gated_prompt", is named by shape and dtype of the first argument, and
-    by the argument at position `length`: "prompt_gate_fwd_ [64, 247, 768] P=50 bfloat16".
+    The range is in the domain "gated_prompt". Its name has the shape and dtype of the first
+    argument and the argument at position `length`: "prompt_gate_fwd_ [64, 247, 768] P=50 bfloat16".
     """
     if not _HAS_RANGES:
         return function
 
     def run(*args):
-        if torch.compiler.is_compiling():  # a graph has no place for a range
+        if torch.compiler.is_compiling():  # a compiled graph can't contain a range
             return function(*args)
         parts = [name, str(list(args[0].shape)), str(args[0].dtype).removeprefix("torch.")]
         if length is not None:
@@ -157,7 +158,7 @@ def _(
 
 @torch.library.register_fake("gated_prompt::scaled_dot")
 def _(a, b, temperature):
-    devices = {a.device, b.device, temperature.device}  # a mix with meta comes here, too
+    devices = {a.device, b.device, temperature.device}  # some may be meta
     torch._check(
         len(devices) == 1,
         lambda: f"scaled_dot: a, b and temperature must be on one device, got {devices}",
@@ -176,10 +177,11 @@ def _(weight, bias, temperature, rows, low, high, dtype):
 
 @torch.library.custom_op("gated_prompt::copy_rows", mutates_args=())
 def copy_rows(rows: torch.Tensor) -> torch.Tensor:
-    """A copy that compilers keep.
+    """clone() that torch.compile does not recompute.
 
-    Of rows of a graph input that are overwritten later, torch.compile recomputes an aten clone in
-    backward, from the new values: the gate's gradient was 60 % off, without a word (torch 2.11).
+    If the rows belong to a graph input that is overwritten later, torch.compile recomputes an
+    ATen clone in backward, from the new values: the gate's gradient was silently 60 % off (torch
+    2.11).
     """
     return rows.clone(memory_format=torch.contiguous_format)
 
@@ -194,7 +196,7 @@ copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]
 
 
 def build_info() -> dict:
-    """What was built: compiler, torch, instruction set, nvcc, GPU architectures; or why no CUDA."""
+    """Returns the compiler, torch, instruction set, nvcc and GPU architectures, or why no CUDA."""
     info = dict(_C.build_info())
     info["cuda_unavailable_reason"] = cuda_unavailable_reason
     if cuda_unavailable_reason is None:

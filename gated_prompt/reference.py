@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas in plain, out-of-place PyTorch: the oracle of the tests, differentiable any number
-of times.
+"""The formulas in plain, out-of-place PyTorch, differentiable any number of times.
 
-It shares no code with what it checks, computes in the dtype of its inputs, and is meant for
-float64.
+This is the oracle of the tests. It shares no code with the functions that it checks. It computes in
+the dtype of its inputs and is meant for float64.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ def prompt_gate(block_out, block_in, gate_logit, start, length, rule="mix"):
     Args:
         block_out: h, [B, N, D].
         block_in: x, [B, N, D]; or its prompt rows, [B, P, D] or [P, D].
-        gate_logit: anything that broadcasts to [B, P, D].
+        gate_logit: any shape that broadcasts to [B, P, D].
         start, length: the prompt rows are start, ..., start + length - 1; a negative start counts
-            from N.
+            from the end.
         rule: "mix": g*h + (1-g)*x. "residual": x + g*h. g = sigmoid(gate_logit).
     """
     num_tokens = block_out.shape[1]
@@ -33,7 +32,7 @@ def prompt_gate(block_out, block_in, gate_logit, start, length, rule="mix"):
 
 
 def prompt_gate_linear(block_out, block_in, weight, bias, start, length, rule="residual"):
-    """`gated_prompt.prompt_gate_linear`: the gate is a linear map of the block's own prompt rows.
+    """`gated_prompt.prompt_gate_linear` by einsum: the logit is a linear map of the rows of h.
 
     Args:
         block_out, block_in, start, length, rule: see `prompt_gate`.

@@ -18,7 +18,7 @@ from gated_prompt.traced import is_traced
 BACKENDS = ("auto", "sdpa", "xformers", "math")
 TEMPERATURE_RANGE = (0.01, 10.0)
 _log = logging.getLogger("gated_prompt.attention")
-torch.fx.wrap("tempered")  # a symbolic trace keeps calls of it as they are
+torch.fx.wrap("tempered")  # torch.fx does not trace into it
 
 
 def tempered_attention(
@@ -26,28 +26,29 @@ def tempered_attention(
 ) -> Tensor:
     """Self-attention with a temperature: softmax(q k^T * d^-0.5 / tau) v, tau = clamp(temperature).
 
-    q is divided by tau, so any attention kernel serves unchanged. tau is clamped to [0.01, 10] with
-    a straight-through gradient; the value stored in `temperature` is not changed, and never read by
-    the host.
+    q is divided by tau before attention, so any attention kernel can be used unchanged. tau is
+    clamped to [0.01, 10] with a straight-through gradient. The value stored in `temperature` is not
+    changed, and the host never reads it.
 
     Args:
-        q, k, v: [B, N, H, d], one floating dtype. Not [B, H, N, d], as torch's own attention has
-            it, which can't be told from it: use transpose(1, 2) first.
-        temperature: A tensor of one element, or a float. May be float32 beside bfloat16 q.
+        q, k, v: [B, N, H, d], one floating dtype. torch's own attention takes [B, H, N, d]; that
+            layout can't be detected, so call transpose(1, 2) first.
+        temperature: A tensor of one element, or a float. May be float32 when q is bfloat16.
         backend: "sdpa" (torch's scaled_dot_product_attention), "xformers"
             (memory_efficient_attention, CUDA only), "math" (explicit softmax, for checks), "auto"
-            (xformers on CUDA where it supports dtype and head size, else sdpa; the logger
-            `gated_prompt.attention` says once at level INFO which it took, and why; a compiled
-            model takes sdpa).
+            (xformers on CUDA if it supports the dtype and head size, otherwise sdpa; a compiled
+            model uses sdpa). The logger `gated_prompt.attention` reports the choice of "auto" and
+            the reason at level INFO, once per kind of input.
 
     Returns:
-        [B, N, H, d]. Gradients flow to q, k, v and temperature. That of temperature is
-        -1/tau * sum(q' * dq'), over the divided q' and its gradient, summed in float32 (float64) in
-        a fixed order.
+        [B, N, H, d]. Gradients flow to q, k, v and temperature. The gradient of temperature is
+        -1/tau * sum(q' * dq'), with q' = q / tau and its gradient dq', summed in float32 (float64)
+        in a fixed order.
 
     Raises:
-        ValueError: unknown backend; a temperature of more than one element.
-        RuntimeError: an explicit backend can't run here; there is no silent replacement.
+        TypeError: q, k and v differ in dtype, or temperature is neither a tensor nor a float.
+        ValueError: unknown backend; wrong shapes; a temperature of more than one element.
+        RuntimeError: the backend that was asked for can't run here; no other one is used instead.
 
     Source: Yoo et al., ICML 2023, arXiv 2306.05067, section 3.3.
     """
@@ -77,18 +78,19 @@ def tempered_attention(
 
 
 def clamped(temperature: Tensor | float) -> Tensor | float:
-    """[] or a float, within TEMPERATURE_RANGE."""
+    """The temperature clamped to TEMPERATURE_RANGE, as a tensor [] or a float."""
     if isinstance(temperature, Tensor):
-        # [1] would widen the dtype of q / tau. Literals: torch.compile(dynamic=True) would make
-        # symbols of a global's floats, which autograd Functions can't take.
+        # Shape [1] would widen the dtype of q / tau. The bounds are literals, since
+        # torch.compile(dynamic=True) makes symbols of global floats, which autograd Functions can't
+        # take.
         return temperature.reshape(()).clamp(0.01, 10.0)
     low, high = TEMPERATURE_RANGE
     return min(max(temperature, low), high)
 
 
 def clamp_straight_through(temperature: Tensor) -> Tensor:
-    """`clamped`, with a gradient as if there were no clamp."""
-    # not t + (clamp(t) - t), which cancels: -1 in bfloat16 would become 0.0078
+    """`clamped`, with the gradient of the identity."""
+    # t + (clamp(t) - t) would cancel: for t = -1 in bfloat16 it gives 0.0078
     return clamped(temperature).detach() + (temperature - temperature.detach()).reshape(())
 
 
@@ -102,25 +104,26 @@ def tempered(q: Tensor, temperature: Tensor | float) -> Tensor:
 
 
 def _differentiable(temperature: Tensor) -> Tensor:
-    """The clamped temperature, for a backward; with a graph only where one is asked for."""
+    """The clamped temperature, for a backward; differentiable only if gradients are enabled."""
     grads = torch.is_grad_enabled()
     return clamp_straight_through(temperature) if grads else clamped(temperature)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether something looks on that our autograd Functions can't serve; torch.compile they can:
-    it then keeps a third of a [B, N, D] less per block than for a q that is divided itself."""
+    """True under functorch, forward AD, export and torch.jit tracing, and for tensor subclasses:
+    our autograd Functions must not run there. They may run under torch.compile, which then keeps a
+    third of a [B, N, D] less per block than if q itself is divided."""
     return is_traced(*tensors) and not torch.compiler.is_dynamo_compiling()
 
 
 def is_in_plain_aten(grad: Tensor) -> bool:
-    """Whether a backward is traced, differentiated, or mapped by vmap."""
+    """True if a backward is traced, differentiated, or mapped by vmap, and so must use ATen ops."""
     return torch.compiler.is_compiling() or torch.is_grad_enabled() or is_mapped(grad)
 
 
 def temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Tensor) -> Tensor:
-    """-1/tau * sum(q * grad), q already divided by tau, in the shape of temperature: one read of
-    both, no copy of either."""
+    """-1/tau * sum(q * grad) in the shape of temperature, for a q that is already divided by tau.
+    The kernel reads q and grad once and copies neither."""
     if is_in_plain_aten(grad):
         dtype = torch.promote_types(q.dtype, torch.float32)
         gradient = (-(q.to(dtype) * grad.to(dtype)).sum() / tau).to(tau.dtype)
@@ -129,7 +132,8 @@ def temperature_gradient(q: Tensor, grad: Tensor, tau: Tensor, temperature: Tens
 
 
 class _TemperedQuery(torch.autograd.Function):
-    """q / clamp(tau), of which nothing but the result is saved, and that by attention anyway."""
+    """q / clamp(temperature). Of the large tensors it saves only the result, which attention saves
+    too."""
 
     @staticmethod
     def forward(ctx, q, temperature):
@@ -170,14 +174,14 @@ def _math(q, k, v):
 
 
 def unavailable_reason(backend: str) -> str | None:
-    """Why `backend` can't run on this machine, or None if it can."""
+    """Returns the reason why `backend` can't run on this machine, or None if it can."""
     if backend != "xformers":
         return None
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'gated-prompt[vit]')"
     if not torch.cuda.is_available():
         return "xformers needs a CUDA GPU and torch sees none"
-    # it imports without its C++ library, too: so try what each of its builds takes
+    # xformers can be imported without its C++ library, so try an input that every build supports
     return _xformers_failure(torch.float16, 64, torch.device("cuda"), False)
 
 
@@ -187,7 +191,8 @@ def _takes_xformers(q: Tensor) -> bool:
 
 @functools.cache
 def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
-    """None if it runs, else why not; asked once for each kind of input, and logged."""
+    """Returns None if xformers runs on such inputs, otherwise the reason. Logs the choice; cached,
+    so once per kind of input."""
     reason = unavailable_reason("xformers") if device.type == "cuda" else f"q is on {device}"
     reason = reason or _xformers_failure(dtype, head_dim, device, needs_grad)
     taken = "xformers" if reason is None else "sdpa"
@@ -200,15 +205,15 @@ def _why_not_xformers(dtype, head_dim, device, needs_grad) -> str | None:
 
 @functools.cache
 def _xformers_failure(dtype, head_dim, device, needs_grad) -> str | None:
-    """What xformers raises on a sample of such inputs, or None."""
+    """Returns the error that xformers raises on a sample of such inputs, or None."""
     try:
         from xformers.ops import memory_efficient_attention
 
         sample = torch.zeros(1, 8, 3, 2, head_dim, dtype=dtype, device=device)
-        sample.requires_grad_(needs_grad)  # packed as ours are: strides decide, too
+        sample.requires_grad_(needs_grad)  # strides matter too: use the ones of a packed qkv
         with torch.enable_grad():
             memory_efficient_attention(*sample.unbind(2))
-    except Exception as error:  # a broken install, or an unknown dtype, raises anything
+    except Exception as error:  # broken installs and unknown dtypes raise all kinds of errors
         return f"xformers refuses {dtype}, head size {head_dim}: {type(error).__name__}: {error}"
     return None
 
@@ -220,7 +225,7 @@ def _xformers_attention(q, k, v):
             from xformers.ops import memory_efficient_attention
 
             return memory_efficient_attention(q, k, v)
-        except torch.cuda.OutOfMemoryError:  # says nothing of what is supported
+        except torch.cuda.OutOfMemoryError:  # not a sign that the input is unsupported
             raise
         except Exception as error:
             cause = error

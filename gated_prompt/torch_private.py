@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of torch that torch does not promise, and what is done where one of them is missing.
+"""The private names of torch that this package uses, each with a fallback.
 
-Nothing else in the package imports a private name of torch. A later torch may lack one: then the
-slower way is taken that is right in any case, and no import fails. tests/test_torch_private.py
-deletes them one by one. Attributes that all of torch is built on are used as they are:
-Tensor._is_view and _base; of Module, its dictionaries of parameters, buffers, modules and hooks.
+No other file of the package imports a private name of torch. If a later torch lacks one of them,
+the package takes a slower path that is always correct, and no import fails.
+tests/test_torch_private.py deletes the names one by one. A few private attributes have no fallback,
+since all of torch relies on them: Tensor._is_view and _base, and the dictionaries of parameters,
+buffers, modules and hooks of Module.
 """
 
 import functools
@@ -22,23 +23,23 @@ def _find(path, missing):
     return found
 
 
-# path below torch: what stands for it where it is missing
+# path below torch: the value that replaces a missing name
 NAMES = {
-    # whether a function transform is at work. Missing: yes, so the gate is computed by aten
+    # not None if a function transform is active. Missing: assume so; the gate runs as ATen ops
     "_C._functorch.peek_interpreter_stack": lambda: True,
-    # whether torch.autograd.grad(is_grads_batched=True) maps a backward. Missing: no, and torch
-    # raises where the kernel's op can't be mapped
+    # True if torch.autograd.grad(is_grads_batched=True) maps the backward. Missing: assume not;
+    # torch then raises an error, since it can't map the kernel's op
     "_C._functorch.is_legacy_batchedtensor": lambda tensor: False,
-    # how many Python modes see each op. Missing: one, so gradients are copied
+    # the number of Python modes that see each op. Missing: assume one; gradients are copied
     "_C._len_torch_dispatch_stack": lambda: 1,
-    # uses of a storage and of a tensor. Missing: nobody knows, so gradients are copied
+    # the use counts of a storage and of a tensor. Missing: gradients are copied
     "_C._storage_Use_Count": None,
     "_C._storage_address": None,
     "Tensor._use_count": None,
-    # how a view was made. Missing: not asked, and torch raises its own error, after the write
+    # how a view was made. Missing: no check before the write; torch raises its error after it
     "_C._autograd._get_creation_meta": None,
     "_C._autograd.CreationMeta": None,
-    # hooks of all modules. Missing: there may be some, so the plain path is taken
+    # the hooks that apply to all modules. Missing: assume there are some; the plain path is taken
     "nn.modules.module._global_forward_hooks": True,
     "nn.modules.module._global_forward_pre_hooks": True,
     "nn.modules.module._global_backward_hooks": True,
@@ -55,11 +56,11 @@ creation_meta, CreationMeta = _found["_get_creation_meta"], _found["CreationMeta
 global_hooks = [hooks for name, hooks in _found.items() if name.startswith("_global_")]
 
 
-# Called, at least 0 in forward-mode AD. Missing: 0, so the gate is computed by aten.
+# A function; it returns 0 or more in forward-mode AD. Missing: 0, so the gate runs as ATen ops.
 forward_ad_level = functools.partial(getattr, torch.autograd.forward_ad, "_current_level", 0)
 
 
 def compiles_autograd() -> bool:
-    """Whether compiled autograd is on. Missing: no."""
+    """True if compiled autograd is on. Missing: assume it is off."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
     return bool(getattr(module, "compiled_autograd_enabled", False))

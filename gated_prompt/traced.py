@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate in aten, for whatever looks at each op: compilers, exporters, function transforms."""
+"""The gate in ATen ops, which compilers, exporters and function transforms can see."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from gated_prompt.torch_private import forward_ad_level, interpreter_stack
 
 
 def traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: int, length: int):
-    """h and x, copied from what is, or may later be, overwritten, since the products save them; and
-    the rows to write."""
+    """Returns h, x and the view of block_out to write.
+
+    The products save h and x for backward. So h is a copy, since the view is overwritten. Under
+    torch.compile x is a copy as well, since block_in may be overwritten later.
+    """
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "prompt_gate_: torch.onnx.export(dynamo=False) leaves writes to slices out of the "
@@ -30,7 +33,8 @@ def traced_rows(block_out: Tensor, rows: Tensor, carrier: Tensor | None, start: 
 
 
 def traced_result(block_out: Tensor, carrier: Tensor | None, start: int, length: int):
-    # the gradient has gone to block_in; for the next gate it comes back through these rows
+    # This gate's gradient of x goes through block_in. If the next gate is eager, it uses this slice
+    # as its carrier.
     return block_out if carrier is None else (block_out, block_out[:, start : start + length])
 
 
@@ -41,7 +45,7 @@ def with_rows(block_out: Tensor, new: Tensor, start: int, length: int) -> Tensor
 
 
 def gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
-    """The formula in aten, [B, P, D]: what compilers and function transforms see."""
+    """The new prompt rows, [B, P, D]."""
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     g = gate_logit.to(dtype).sigmoid()
     x = x.to(dtype)
@@ -50,11 +54,12 @@ def gated_rows(h: Tensor, x: Tensor, gate_logit: Tensor, rule: str) -> Tensor:
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether something looks at the ops: torch.compile, export, functorch, forward AD, subclasses.
+    """True under torch.compile, export, functorch, forward AD and torch.jit tracing, and for tensor
+    subclasses.
 
-    A compiler must see aten: an opaque op would keep Inductor from fusing the gate into its
-    neighbours, and a mutating custom op is miscompiled in some aliasing patterns (pytorch#198031,
-    #153389).
+    A compiler must see ATen ops: Inductor can't fuse a custom op with its neighbours, and in some
+    aliasing patterns torch.compile gives wrong results for custom ops that write their inputs
+    (pytorch#198031, #153389).
     """
     if torch.compiler.is_compiling():
         return True

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the extra `tune` brings: the tuning job, its command line, the demo, profiles."""
+"""The tuning job, its command line, the demo and profiles; needs the extra `tune`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: gated-prompt demo | profile | info. Only `info` does without extras."""
+"""The command line: gated-prompt demo | profile | info. Only `info` works without extras."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a subcommand; options of the subcommand are its own, shown by --help after its name."""
+    """Runs a subcommand. `--help` after the name of a subcommand lists its options."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"demo": demo, "profile": profile, "info": info}
     parser = argparse.ArgumentParser(
@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"  {name:8} {run.__doc__}" for name, run in commands.items()),
     )
-    parser.add_argument("command", choices=commands, help="what to do; --help after it says more")
+    parser.add_argument(
+        "command", choices=commands, help="what to do; --help after it lists its options"
+    )
     arguments = parser.parse_args(argv[:1])
     commands[arguments.command](argv[1:])
 
@@ -33,7 +35,7 @@ def demo(argv: list[str]) -> None:
 
 
 def profile(argv: list[str]) -> None:
-    """Where the time of a training step goes, and how much of it the gate takes."""
+    """Show where the time of a training step goes, and the share of the gate."""
     with _extra("profile"):
         import tyro
 
@@ -43,7 +45,7 @@ def profile(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def _extra(command: str):
-    """Around imports that the extra `tune` serves."""
+    """For imports that need the extra `tune`: exits with the install command if one fails."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -53,7 +55,7 @@ def _extra(command: str):
 
 
 def info(argv: list[str]) -> None:
-    """What was built, for which GPUs, what can run here, and why not where not."""
+    """Show what was built and for which GPUs, what can run here, and why the rest can't."""
     parser = argparse.ArgumentParser(prog="gated-prompt info", description=info.__doc__)
     parser.parse_args(argv)
     for name, value in info_lines():

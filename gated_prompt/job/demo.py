@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job at toy size: pretrain a small ViT without labels, freeze it, tune it with few.
+"""The whole job at toy size: pretrain a small ViT without labels, freeze it, tune it on few labels.
 
 No download and no GPU: the digits and the photographs ship with scikit-learn.
 """
@@ -36,13 +36,13 @@ from gated_prompt.temperature import TEMPERATURE_RANGE
 from gated_prompt.vit.wrap import wrap
 
 DIGIT, SCENE = 8, 16  # pixels a side; a scene has four cells for digits
-# What is tuned: options of `wrap` and rates that differ from the recipe's.
+# Name of a system: (options of `wrap`, fields of TuneConfig that differ from `tune_once`'s recipe).
 SYSTEMS = {
     "linear": ({"method": "linear", "pool": "patch"}, {"cache_features": True}),
     "vpt-shallow": ({"method": "vpt-shallow", "pool": "prompt+patch"}, {}),
-    # the gates start almost closed, where a sigmoid hardly moves
+    # the gates start almost closed, where a sigmoid is flat: hence the high rate
     "gpt": ({"method": "gpt", "pool": "prompt+patch", "gate_init": -3.0}, {"gate_lr": 0.3}),
-    # the prompts grow from block to block, so the head reads the patches alone
+    # the prompts grow from block to block, so the head reads only the patches
     "gpt, linear gate": (
         {
             "method": "gpt",
@@ -56,7 +56,7 @@ SYSTEMS = {
         {},
     ),
 }
-CONTRAST = 0.35  # of the photograph behind the digits: at 1, MAE learns the photograph alone
+CONTRAST = 0.35  # of the photograph behind the digits: at 1, MAE learns only the photograph
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class DemoConfig:
     """Pretrains a small ViT on scenes without labels, then tunes it with each method."""
 
     output: Path = Path("demo_output")
-    """Folder for the results; made if it is not there, files of an earlier demo are replaced."""
+    """Folder for the results; created if missing, files of an earlier demo are replaced."""
     seeds: int = 1
-    """Tuning runs per method, each with its own seed, from one backbone and the same scenes."""
+    """Tuning runs per method, each with its own seed; all use the same backbone and scenes."""
     seed: int = 0
     """Seed of the scenes, of the pretraining and of the first tuning run."""
     pretrain_scenes: int = 6000
@@ -76,14 +76,14 @@ class DemoConfig:
     train_scenes: int = 800
     """Scenes with labels."""
     test_scenes: int = 1000
-    """Scenes to measure the accuracy on; their digits are in none of the other two sets."""
+    """Scenes to measure the accuracy on; their digits are in neither of the other two sets."""
     epochs: int = 40
     """Passes over the scenes with labels."""
     num_prompts: int = 8
-    """Prompts of all but linear."""
+    """Prompts of every method except linear."""
     threads: int = 1
-    """CPU threads of the pretraining. Two are faster on an idle machine, and slower than one where
-    another program wants a core. Tuning always runs on one: its batches are too small for two."""
+    """CPU threads of the pretraining. Two are faster on an idle machine, but slower than one if
+    another program wants a core. Tuning always uses one: its batches are too small for two."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,13 +93,13 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> dict:
-    """Runs the demo, prints what comes out and writes it to `config.output`.
+    """Runs the demo, prints the results and writes them to `config.output`.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
     """
     console = Console(highlight=False, soft_wrap=True)
-    config.output.mkdir(parents=True, exist_ok=True)  # before the minutes of work, not after
+    config.output.mkdir(parents=True, exist_ok=True)  # fails before the minutes of work, not after
     started, threads = time.perf_counter(), torch.get_num_threads()
     try:
         torch.set_num_threads(config.threads)
@@ -143,10 +143,10 @@ def run_demo(config: DemoConfig) -> dict:
 
 
 def make_scene_sets(config: DemoConfig) -> tuple[Tensor, TensorDataset, TensorDataset]:
-    """Scenes of one to three digits without labels, then one-digit scenes to train and to test on.
+    """Makes scenes of one to three digits without labels, then one-digit training and test scenes.
 
-    Test scenes take their digits from 597 pictures that no other scene shows. The backgrounds come
-    from the same two photographs: they say nothing about the digit.
+    Test scenes take their digits from 597 pictures that no other scene shows. All backgrounds come
+    from the same two photographs, so they carry no information about the digit.
     """
     pictures, digits = load_digits(return_X_y=True)
     pictures = (pictures / 16).astype(np.float32).reshape(-1, DIGIT, DIGIT)
@@ -171,14 +171,14 @@ def make_scenes(
     most: int,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Pastes one to `most` digits, each in a cell of its own, on pale crops of the photographs.
+    """Pastes one to `most` digits, each in its own cell, on pale crops of the photographs.
 
     Args:
-        pictures: Of digits, [K, 8, 8] in [0, 1].
-        digits: What they show, [K].
-        photos: Grey, [H, W] in [0, 1].
-        count: Scenes to make.
-        most: Digits in a scene, at most; up to 4.
+        pictures: Pictures of digits, [K, 8, 8] in [0, 1].
+        digits: The digit in each picture, [K].
+        photos: Grey photographs, [H, W] in [0, 1].
+        count: Number of scenes.
+        most: Largest number of digits in a scene; up to 4.
         rng: Draws photographs, crops, cells and digits.
 
     Returns:
@@ -203,11 +203,11 @@ def make_scenes(
 
 
 class MaskedAutoencoder(nn.Module):
-    """MAE around the modules of a timm ViT: the encoder sees some patches, a block the rest.
+    """MAE with a timm ViT as the encoder: it sees some patches, and one block decodes the others.
 
-    The loss is the mean of (prediction - target)^2 over the hidden patches, where the target is the
-    patch less its mean, divided by its standard deviation. Positions of the decoder are learned, as
-    timm's are. Source: He et al., CVPR 2022, arXiv 2111.06377, section 3.
+    The loss is the mean of (prediction - target)^2 over the hidden patches. The target is the patch
+    minus its mean, divided by its standard deviation. The decoder's position embeddings are
+    learned, like timm's. Source: He et al., CVPR 2022, arXiv 2111.06377, section 3.
     """
 
     def __init__(self, vit: VisionTransformer, mask_ratio: float = 0.6) -> None:
@@ -246,7 +246,7 @@ class MaskedAutoencoder(nn.Module):
 def pretrain(
     images: Tensor, config: DemoConfig, console: Console, batch_size: int = 192
 ) -> tuple[VisionTransformer, dict]:
-    """A ViT of six blocks after a fixed number of steps of MAE, so that results repeat."""
+    """Pretrains a ViT of six blocks with MAE; a fixed number of steps makes results repeat."""
     started, losses = time.perf_counter(), []
     with seeded(config.seed), _progress(console) as progress:
         vit = VisionTransformer(
@@ -314,13 +314,13 @@ def tune_once(
     config: DemoConfig,
     console: Console,
 ) -> dict:
-    """One run: its recipe, and what came out of it."""
+    """Tunes the backbone once. Returns the recipe and the results."""
     options, rates = SYSTEMS[system]
     recipe = TuneConfig(
         epochs=config.epochs,
         lr=0.003,
-        head_lr=0.5,  # it starts from random weights and has far to go
-        temperature_lr=0.0003,  # at a high rate one can run into its clamp and stay there
+        head_lr=0.5,  # the head starts from random weights and has far to go
+        temperature_lr=0.0003,  # at a high rate a temperature can reach its clamp and stay there
         warmup_epochs=config.epochs // 10,
         seed=seed,
         **rates,
@@ -345,17 +345,17 @@ def tune_once(
 
 
 def clamp_warnings(reports: list[dict]) -> list[str]:
-    """A line for each temperature at the end of its range, beyond which it has no effect."""
+    """A line for each temperature at an end of its range: it is clamped there."""
     low, high = TEMPERATURE_RANGE
     return [
-        f"run {run}: the temperature of block {block} sits at its clamp, {value:g}"
+        f"run {run}: the temperature of block {block} is at its clamp, {value:g}"
         for run, report in enumerate(reports, 1)
         for block, value in enumerate(report["temperatures"], 1)
         if not low < value < high
     ]
 
 
-# ---- what a person sees -----------------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------
 
 
 def _progress(console: Console) -> Progress:
@@ -363,7 +363,7 @@ def _progress(console: Console) -> Progress:
 
 
 def report(results: dict, config: DemoConfig, console: Console) -> None:
-    """Prints the table, warnings, files and next commands; writes the table as Markdown."""
+    """Prints the table, the warnings, the files and further commands; writes table.md."""
     columns = ("method", "accuracy, %", "tuned parameters", "seconds")
     rows = []
     for method, outcome in results["methods"].items():
@@ -393,7 +393,7 @@ def report(results: dict, config: DemoConfig, console: Console) -> None:
     console.print(about)
     for warning in results["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}")
-    console.print(f"\n{results['seconds']:.0f} s in all. Written:")
+    console.print(f"\n{results['seconds']:.0f} s in total. Written:")
     for name in ("results.json", "table.md", "gates.png", "sample-scenes.png"):
         console.print(f"  {config.output / name}", markup=False)
     console.print(

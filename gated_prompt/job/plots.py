@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what was learned and of the data. Figure objects only: no pyplot, no global state."""
+"""Plots of the learned gates and of the data. Uses Figure objects: no pyplot, no global state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from matplotlib.ticker import MaxNLocator
 
 
 def plot_gates(report: Mapping | Sequence[Mapping], path: Path | str) -> None:
-    """Draws gates, their shares of the final prompts and temperatures, per block, into a PNG.
+    """Draws the gates, the shares of the final prompts and the temperatures of each block as a PNG.
 
     Args:
-        report: What ``model.gate_report()`` returned, or several (one line a run: runs differ).
+        report: The dict from ``model.gate_report()``, or several, each drawn as one line: runs
+            differ.
         path: The file to write.
     """
     reports = [report] if isinstance(report, Mapping) else list(report)
@@ -29,7 +30,7 @@ def plot_gates(report: Mapping | Sequence[Mapping], path: Path | str) -> None:
     for axes, (key, what, where, first) in zip(figure.subplots(1, 3), panels, strict=True):
         for run, values in enumerate((report[key] for report in reports), 1):
             axes.plot(range(first, first + len(values)), values, "o-", label=f"run {run}")
-        axes.axhline(0, color="black", linewidth=0.8)  # so that 0.98 and 1 look as near as they are
+        axes.axhline(0, color="black", linewidth=0.8)  # all axes show 0, so 0.98 looks close to 1
         axes.set(xlabel=where, ylabel=what)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -39,10 +40,11 @@ def plot_gates(report: Mapping | Sequence[Mapping], path: Path | str) -> None:
 
 
 def plot_scenes(rows: Mapping[str, tuple[Sequence, Sequence]], path: Path | str) -> None:
-    """Draws rows of grey pictures into a PNG.
+    """Draws rows of grey pictures as a PNG.
 
     Args:
-        rows: Name of a row to its pictures (each [H, W]) and the titles above them, or none.
+        rows: {name of a row: (its pictures, each [H, W], and the titles above them)}. The titles
+            may be empty.
         path: The file to write.
     """
     columns = max(len(pictures) for pictures, _ in rows.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a training step of a wrapped ViT goes, by torch.profiler."""
+"""Measures with torch.profiler where the time of a wrapped ViT's training step goes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from torch.profiler import ProfilerActivity
 from gated_prompt import __version__
 from gated_prompt.vit.wrap import wrap
 
-WAIT, WARMUP = 2, 1  # steps before those that count: compiles and allocates; starts the tracer
+WAIT, WARMUP = 2, 1  # steps that are not counted: compile and allocate; start the tracer
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What an event is, by its path: its name after those of the events that it lies in, as in
-# _FrozenProjection/aten::linear/aten::addmm. The first kind that matches whole names of it decides.
+# Kinds of events, by path: the names of the enclosing events and the name of the event itself, as
+# in FrozenProjection/aten::linear/aten::addmm. A pattern must match whole names. The first kind
+# that matches is taken.
 KINDS = {
     "optimiser": (r"Optimizer\.[^/]+",),
     "gate": (r"PromptGate(?:Linear)?Function(?:Backward)?", r"gated_prompt::prompt_gate_\w+"),
-    "temperature": (  # its gradient, and the weights of the queries over it
+    "temperature": (  # the gradient of tau, and the query weights divided by tau
         r"gated_prompt::(?:scaled_dot|divide_rows)",
         r"_TemperedQuery(?:Backward)?",
     ),
@@ -39,47 +40,47 @@ KINDS = {
     "residual adds and other elementwise": (r"aten::(?:add|mul|div|dropout)_?",),
     "copies and cat": (
         r"aten::(?:to|clone|cat|slice_backward|zeros)",
-        r"(?<!addmm/)aten::copy_",  # not the bias of a GEMM
+        r"(?<!addmm/)aten::copy_",  # except the bias copy of a GEMM
     ),
     "GEMMs": (r"aten::(?:linear|addmm_?|mm|matmul)", r"aten::conv\w+"),
     "layer norm": (r"aten::\w*layer_norm\w*",),
     "GELU": (r"aten::gelu\w*",),
     "fused by Inductor": (r"## Call CompiledFxGraph [^/]+$", r"triton_\w+"),
 }
-REST = "rest"  # the loss, views, autograd's own work; on the CPU also Python between ops
+REST = "rest"  # the loss, views, autograd's overhead; on the CPU also Python between ops
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Times whole training steps of a wrapped ViT with random weights, by kinds of work."""
+    """Times training steps of a wrapped ViT with random weights, split by kinds of work."""
 
     output_dir: Path = Path("profile_output")
-    """Folder for table.json and trace.json; made if it is not there, files in it are replaced."""
+    """Folder for table.json and trace.json; created if missing, files in it are replaced."""
     arch: str = "vit_base_patch16_224"
-    """Architecture, by timm's name."""
+    """timm's name of the architecture."""
     img_size: int = 224
-    """Pixels a side."""
+    """Height and width of the images in pixels."""
     batch_size: int | None = None
-    """Images a step. None: 64 on CUDA, 4 on the CPU."""
+    """Images per step. None: 64 on CUDA, 4 on the CPU."""
     method: str = "gpt"
-    """What is tuned, see `gp.wrap`: linear, full, bias, partial-k, vpt-shallow, vpt-deep, gpt or
+    """Tuning method, see `gp.wrap`: linear, full, bias, partial-k, vpt-shallow, vpt-deep, gpt or
     gpt-deep."""
     num_prompts: int = 50
-    """Prompts of all methods that have some."""
+    """Number of prompts; not used by methods without prompts."""
     gate: str = "scalar"
-    """Of each block: scalar, channel, token, full, linear or linear-token, see `gp.wrap`."""
+    """Kind of gate: scalar, channel, token, full, linear or linear-token, see `gp.wrap`."""
     rule: str = "mix"
-    """What a gate does: mix, g*h + (1-g)*x; residual, x + g*h."""
+    """Rule of the gate: mix, g*h + (1-g)*x; residual, x + g*h."""
     memory: str = "default"
-    """low: the MLP's hidden layer is computed again in backward."""
+    """default, or low: backward recomputes the MLP's hidden layer."""
     compile: bool = False
     """Compile the model with torch.compile."""
     device: str = "auto"
-    """cuda, cpu, or auto: cuda where torch sees a GPU."""
+    """cuda, cpu, or auto: cuda if torch sees a GPU."""
     precision: str = "auto"
-    """Of autocast: float32 (none), bfloat16, or auto: bfloat16 on CUDA, float32 on the CPU."""
+    """float32, bfloat16 (autocast), or auto: bfloat16 on CUDA, float32 on the CPU."""
     steps: int = 3
-    """Steps that are counted, after three that are not."""
+    """Counted steps; three steps before these are not counted."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "batch_size", "num_prompts", "steps"):
@@ -105,7 +106,7 @@ def run_profile(config: ProfileConfig) -> dict:
     """Profiles `config.steps` training steps, prints the table and writes it with the trace.
 
     Returns:
-        What table.json holds.
+        The content of table.json.
     """
     console = Console(highlight=False, soft_wrap=True)
     config = _resolved(config)
@@ -149,7 +150,7 @@ def _resolved(config: ProfileConfig) -> ProfileConfig:
 
 
 def make_step(config: ProfileConfig) -> Callable[[], None]:
-    """A training step: forward, cross entropy, backward, SGD. config: no "auto" in it."""
+    """Makes a training step: forward, cross entropy, backward, SGD. config must have no "auto"."""
     vit = timm.create_model(config.arch, img_size=config.img_size)
     names = ("method", "num_prompts", "gate", "rule", "memory")
     model = wrap(vit, **{name: getattr(config, name) for name in names})
@@ -173,11 +174,11 @@ def make_step(config: ProfileConfig) -> Callable[[], None]:
 
 
 def record(step: Callable[[], None], device: str, steps: int) -> torch.profiler.profile:
-    """Profiles `steps` calls, after WAIT + WARMUP that are left out."""
+    """Profiles `steps` calls, after WAIT + WARMUP calls that are not counted."""
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    else:  # a torch with CUDA calls it an error that there is no GPU
+    else:  # silences the error that a torch with CUDA logs if there is no GPU
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=steps, repeat=1)
     profile = torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True)
@@ -195,7 +196,7 @@ def record(step: Callable[[], None], device: str, steps: int) -> torch.profiler.
 
 @functools.cache
 def kind_of(path: str) -> str:
-    """The kind of an event with this path, REST if it is none of KINDS."""
+    """The kind of an event with this path; REST if no kind matches."""
     for kind, patterns in KINDS.items():
         if re.search(f"(?:^|/)(?:{'|'.join(patterns)})(?:/|$)", path):
             return kind
@@ -203,15 +204,15 @@ def kind_of(path: str) -> str:
 
 
 def attribute(events: Iterable, device: str, steps: int) -> list[dict]:
-    """The time of profiled steps by kinds of work; each microsecond is in one of them.
+    """Splits the time of profiled steps by kinds of work; each microsecond counts for one kind.
 
-    On the CPU, of an event counts what it spent outside the events in it. On CUDA, a kernel is of
-    the kind of the op that launched it, and of the rest where that is not known.
+    On the CPU we count self time: an event's time minus its children's. On CUDA, a kernel counts
+    for the kind of the op that launched it, or for REST if that op is not known.
 
     Returns:
-        {"kind", "ms", "percent", "calls"} for each of KINDS, most ms first, and for REST; ms and
-        calls of one step. A call on the CPU is an event that lies in none of its kind; on CUDA it
-        is a kernel.
+        {"kind", "ms", "percent", "calls"} for each of KINDS, most ms first, and then for REST; ms
+        and calls are per step. A call on the CPU is an event whose parent is of another kind; on
+        CUDA it is a kernel.
     """
     found = {kind: [0.0, 0] for kind in (*KINDS, REST)}
     pieces = _cpu_pieces(events) if device == "cpu" else _device_pieces(events)
@@ -240,12 +241,12 @@ def _cpu_pieces(events: Iterable) -> Iterator[tuple[str, float, int]]:
 
 
 def _device_pieces(events: Iterable) -> Iterator[tuple[str, float, int]]:
-    """(kind, microseconds, calls) of each kernel, then of those that no op is known for."""
+    """(kind, microseconds, calls) of each kernel, then the sum of the kernels of unknown ops."""
     of_device = [e for e in events if not _is_on_cpu(e) and not e.is_user_annotation]
     microseconds, calls = sum(e.time_range.elapsed_us() for e in of_device), len(of_device)
     for event in filter(_is_on_cpu, events):
         for kernel in event.kernels:
-            if kernel.name != event.name:  # else it is the shadow of an annotation
+            if kernel.name != event.name:  # equal for the device range of an annotation
                 yield kind_of(f"{_path(event)}/{kernel.name}"), kernel.duration, 1
                 microseconds, calls = microseconds - kernel.duration, calls - 1
     yield REST, microseconds, calls
@@ -263,7 +264,7 @@ def _is_on_cpu(event) -> bool:
     return event.device_type == DeviceType.CPU
 
 
-# ---- what a person sees -----------------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------
 
 
 def _device_name(device: str) -> str:
@@ -274,7 +275,7 @@ def _device_name(device: str) -> str:
 
 
 def report(results: dict, config: ProfileConfig, console: Console) -> None:
-    """Prints the table, the files, and on the last line what the gate takes."""
+    """Prints the table, the files, and on the last line the share of the gate."""
     title = (
         f"{config.arch}, {config.img_size} px, {config.method}, {config.num_prompts} prompts, "
         f"batch of {config.batch_size}, {config.precision}{', compiled' * config.compile}"
@@ -298,7 +299,7 @@ def last_line(kinds: list[dict], is_compiled: bool) -> str:
     percent = {row["kind"]: row["percent"] for row in kinds}
     if is_compiled:
         return (
-            f"fused by Inductor: {percent['fused by Inductor']:.1f} % of a step; the gate is in "
-            "these kernels with the ops around it, and can't be told from them"
+            f"fused by Inductor: {percent['fused by Inductor']:.1f} % of a step; these kernels "
+            "include the gate and the ops around it, so the gate can't be measured separately"
         )
     return f"the gate: {percent['gate']:.1f} % of a step"

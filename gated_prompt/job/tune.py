@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuning loop around a wrapped model, and the accuracy of what came out.
+"""The tuning loop for a wrapped model, and its evaluation.
 
-Datasets are map-style and give (image [C, H, W], label) pairs.
+Datasets are map-style and return (image [C, H, W], label) pairs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TuneConfig:
     batch_size: int = 64
     """Images per step."""
     lr: float = 0.1
-    """Peak learning rate of the prompts, used as it is: not scaled by the batch size."""
+    """Peak learning rate of the prompts; not scaled by the batch size."""
     gate_lr: float | None = None
     """Peak learning rate of the gates. None: lr."""
     temperature_lr: float | None = None
@@ -38,12 +38,12 @@ class TuneConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     warmup_epochs: int = 10
-    """Epochs of warm-up; the first of them runs at rate 0, as in the paper's code."""
+    """Epochs of warm-up; the first epoch runs at rate 0, as in the paper's code."""
     seed: int = 42
-    """Seed of the order of the images and of the prompt dropout."""
+    """Seed for the order of the images and for prompt dropout."""
     cache_features: bool = False
-    """Compute the frozen features once and train the head on them. For method "linear", and only
-    where the dataset gives the same image every time (no augmentation)."""
+    """Compute the frozen features once and train the head on them. Only for method "linear", and
+    only if the dataset returns the same image every time (no augmentation)."""
     cuda_graph: bool = False
     """Run forward and backward of whole batches as one CUDA graph, see `GraphedStep`."""
 
@@ -54,7 +54,7 @@ class TuneConfig:
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"TuneConfig: warmup_epochs must be in [0, epochs = {self.epochs}), "
-                f"got {self.warmup_epochs}; set it with epochs"
+                f"got {self.warmup_epochs}; change it together with epochs"
             )
 
 
@@ -67,10 +67,10 @@ def tune(
     """Tunes a wrapped model in place, with cross-entropy, and leaves it in train mode.
 
     The same weights and seed give the same numbers on the same machine with the same number of
-    threads. The random state of the caller is left as it was.
+    threads. The caller's random state is not changed.
 
     Args:
-        model: A `GatedPromptViT`; batches go to its device.
+        model: A `GatedPromptViT`; batches are moved to its device.
         train_set: The images and their labels.
         config: The recipe.
         progress: Called after each epoch with its number, from 1, and its mean loss.
@@ -79,10 +79,10 @@ def tune(
         The mean training loss of each epoch.
 
     Raises:
-        ValueError: train_set is empty, cache_features with a method that is not "linear", or
-            cuda_graph with a model that is not on a GPU.
-        RuntimeError: The loss is nan or inf. Raised before the step, so what is tuned is as the
-            last good step left it.
+        ValueError: train_set is empty; cache_features is set and the method is not "linear"; or
+            cuda_graph is set and the model is not on a GPU.
+        RuntimeError: The loss is nan or inf. Raised before the optimiser step, so the tuned
+            parameters are unchanged since the last good step.
     """
     if len(train_set) == 0:
         raise ValueError("tune: train_set must have at least one image, got 0")
@@ -128,8 +128,8 @@ def tune(
                     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
                     raise RuntimeError(
                         f"tune: the loss must be finite, got {value} in epoch {epoch} at learning "
-                        f"rates {rates}; stopped before the step. Lower them, or look for nan and "
-                        "inf in the images"
+                        f"rates {rates}; stopped before the optimiser step. Lower them, or look "
+                        "for nan and inf in the images"
                     )
                 optimizer.step()
                 total += value * len(labels)
@@ -141,7 +141,7 @@ def tune(
 
 
 class _EagerStep:
-    """The loss of a batch; its gradients go to .grad, in place of what was there."""
+    """Computes the loss of a batch, and replaces .grad by its gradients."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -158,31 +158,31 @@ class _EagerStep:
 class GraphedStep(_EagerStep):
     """Forward, cross-entropy and gradients of a batch as one CUDA graph.
 
-    Where a batch is small, the host takes longer to launch the kernels of a step, one by one, than
-    the GPU takes to run them; a graph is one launch. The optimiser stays outside:
+    If a batch is small, the host needs more time to launch the kernels of a step one by one than
+    the GPU needs to run them; a graph is one launch. The optimiser is not part of the graph:
 
-        step = GraphedStep(model, images, labels)  # a first batch: its shapes count
+        step = GraphedStep(model, images, labels)  # a first batch; it fixes the shapes
         for images, labels in batches:
             loss = step(images, labels)
             optimizer.step()
 
-    Prompt dropout draws new numbers at each call. What the graph has fixed: the shapes, the mode
-    (train or eval), the context (autocast) and which parameters are tuned.
+    Prompt dropout draws new numbers at each call. The graph fixes the shapes, the mode (train or
+    eval), the context (autocast) and the set of tuned parameters.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor):
-        """Captures a step of `network` on copies of these images and labels, after three others
-        that warm it up; no parameter is changed.
+        """Captures a step of `network` on copies of these images and labels, after three warm-up
+        steps. No parameter is changed.
 
         Raises:
-            RuntimeError: under autocast with its cache, of which the graph would keep the weights
-                of today.
+            RuntimeError: autocast is on with its cache. The graph would reuse the cached casts of
+                the tuned parameters, with the values of the capture.
         """
         is_autocast = torch.is_autocast_enabled(images.device.type)
         if is_autocast and torch.is_autocast_cache_enabled():
             raise RuntimeError(
-                "GraphedStep: autocast must be without its cache, which would freeze what is "
-                "tuned: torch.autocast(..., cache_enabled=False)"
+                "GraphedStep: autocast must have no cache, or the graph would reuse casts of old "
+                "parameter values: torch.autocast(..., cache_enabled=False)"
             )
         super().__init__(network)
         self.images, self.labels = images.clone(), labels.clone()
@@ -190,8 +190,8 @@ class GraphedStep(_EagerStep):
         self.grads = [parameter.grad for parameter in self.parameters]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss []; the gradients are in .grad, until the next call. A batch of other shapes,
-        such as a last one that is not full, runs without the graph."""
+        """Returns the loss []; .grad has the gradients until the next call. A batch of another
+        shape, such as a smaller last batch, runs without the graph."""
         if images.shape != self.images.shape or labels.shape != self.labels.shape:
             return super().__call__(images, labels)
         self.images.copy_(images)
@@ -202,7 +202,8 @@ class GraphedStep(_EagerStep):
         return self.loss.clone()
 
     def _capture(self) -> tuple[Callable[[], None], Tensor]:
-        """What replays the step on self.images and self.labels; its loss, which that writes."""
+        """Returns a function that replays the step on self.images and self.labels, and the loss
+        tensor that each replay overwrites."""
         device, run = self.images.device, super().__call__
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -217,7 +218,7 @@ class GraphedStep(_EagerStep):
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate: step / warmup, then (1 + cos(pi * done)) / 2, where done
+    """Factor of the peak learning rate: step / warmup, then (1 + cos(pi * done)) / 2, where done
     goes from 0 at the end of the warm-up to 1 at `total`."""
     if step < warmup:
         return step / warmup
@@ -225,13 +226,13 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> float:
-    """Top-1 accuracy in [0, 1], the model in eval mode; its mode is put back."""
+    """Top-1 accuracy in [0, 1], in eval mode; restores the model's mode."""
     predicted, labels = _over(model, lambda x: model(x).argmax(-1), dataset, batch_size)
     return (predicted == labels).double().mean().item()
 
 
 def pooled_features(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> TensorDataset:
-    """What the head reads, in eval mode: (feature [D], label) pairs on the CPU, in order."""
+    """The head's inputs, in eval mode: (feature [D], label) pairs on the CPU, in order."""
 
     def features(images: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(images), pre_logits=True)
@@ -247,7 +248,7 @@ def _over(
     if len(dataset) == 0:
         raise ValueError("evaluate: dataset must have at least one image, got an empty one")
     device, was_training = next(model.parameters()).device, model.training
-    # A loader without a generator of its own draws from the caller's.
+    # Without its own generator, a loader would draw from the caller's.
     loader = DataLoader(dataset, batch_size, generator=torch.Generator())
     model.eval()
     try:
@@ -260,8 +261,8 @@ def _over(
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, torch's generators start at `seed`: the CPU's, and that of `device` if it is CUDA.
-    Outside, they are as they were."""
+    """Seeds torch's CPU generator, and the generator of `device` if that is CUDA. Restores both on
+    exit."""
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
