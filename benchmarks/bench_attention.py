@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with a learnable temperature beside attention without, on every backend.
+"""Attention with a learnable temperature, compared with attention without one, on every backend.
 
     pytest benchmarks/bench_attention.py --benchmark-only [flags of shapes.py] [--all-peers]
 
-what: "kernel", q, k, v [B, N, H, d] -> [B, N, H, d]; "layer", timm's frozen Attention, x [B, N, D]
--> [B, N, D], whose projections are GEMMs. ratio is to torch's SDPA without a temperature, or timm's
-layer on it. tflop_per_s counts the products alone. A backend that can't run skips, and says why.
---all-peers: on CUDA the compiled layers, too.
+what: "kernel" is q, k, v [B, N, H, d] -> [B, N, H, d]; "layer" is timm's frozen Attention with its
+projections, x [B, N, D] -> [B, N, D]. ratio is relative to torch's SDPA without a temperature for a
+kernel, and to timm's layer on SDPA for a layer. tflop_per_s counts only matrix products. A backend
+that can't run is skipped with the reason. --all-peers adds the compiled layers on CUDA.
 """
 
 import contextlib
@@ -66,15 +66,15 @@ KERNELS = {  # name: (function of q, k, v and tau, whether it has the temperatur
 
 
 class Kernel(Work):
-    """q, k, v -> attention."""
+    """Attention on q, k and v."""
 
-    flop_backward = 2.5  # of forward's
+    flop_backward = 2.5  # relative to forward
 
     def __init__(self, case, peer):
         super().__init__(case, peer)
         batch, num_tokens, dim = case.size
         size = (batch, num_tokens, 3, MODELS[case.model][2], -1)
-        packed = self.randn(batch, num_tokens, 3 * dim).view(size)  # as a projection gives them
+        packed = self.randn(batch, num_tokens, 3 * dim).view(size)  # like a projection's output
         self.function, has_tau = KERNELS[peer]
         self.leaves = [t.detach().requires_grad_() for t in packed.unbind(2)]
         if has_tau:
@@ -96,7 +96,7 @@ class Kernel(Work):
             gradients = torch.autograd.grad(result, leaves, self.gradient.to(dtype))
             found.append([result, result, *gradients])
         for group in zip([self.inferred, self.result, *self.gradients], *found, strict=True):
-            # the temperature's gradient: float32, but a sum over values of the case's dtype
+            # the temperature's gradient is float32, but sums values that have the case's dtype
             assert_near(*group, torch.finfo(self.case.torch_dtype).eps)
 
     def plain(self, *leaves):
@@ -104,7 +104,7 @@ class Kernel(Work):
 
 
 class Layer(Kernel):
-    """x -> timm's Attention, frozen."""
+    """timm's frozen Attention on x."""
 
     def __init__(self, case, peer):
         Work.__init__(self, case, peer)
@@ -133,7 +133,7 @@ class Layer(Kernel):
         self.takes_tau = peer == "original"
         self.gradient = self.randn(*case.size)
         self.flop = 4 * batch * num_tokens**2 * dim + 8 * batch * num_tokens * dim**2
-        # of the frozen projections: the gradient of x alone
+        # frozen projections compute only the gradient of their input
         backward = 10 * batch * num_tokens**2 * dim + 8 * batch * num_tokens * dim**2
         self.flop_backward = backward / self.flop
 
@@ -157,7 +157,8 @@ ROWS = [
     *(("layer", f"{peer}, compiled") for peer in ("timm", "original", "gated_prompt sdpa")),
 ]
 RIVALS = {"kernel": "sdpa", "layer": "timm"}
-# what torch, xformers and we say of a backend that is lacking here; any other error is one
+# Messages of torch, xformers and gated_prompt about a backend that can't run here. Any other error
+# fails the test.
 CANT_RUN = re.compile(
     "can't run|No available kernel|No viable backend|No operator found|[Nn]o valid execution plan"
 )
@@ -180,7 +181,7 @@ def make(case, what, peer):
 
 
 def names(case, what, which, peer):
-    """Of a row."""
+    """Returns the fields that identify a row in the results."""
     return {"suite": "attention", "case": case.shape, "how": what, "which": which, "peer": peer}
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do: a large copy, a large GEMM, and the cost of a call.
+"""The limits of the machine: a large copy, a large GEMM, and the cost of a call.
 
     pytest benchmarks/bench_limits.py --benchmark-only [--dtypes ...]
 
-gb_per_s counts what is read and what is written; tflop_per_s 2 for a multiply-add. "call" is an op
-on one element: what every op costs at least, and on CUDA host_us what it costs the host.
+gb_per_s counts the bytes read and the bytes written; tflop_per_s counts 2 for a multiply-add.
+"call" is an op on one element, which is the least that any op costs; on CUDA, host_us is its time
+on the host.
 """
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = timed_here
 
 
 class Copy(Work):
-    ahead = True  # on an H200 31 of 530 us were the host's, before
+    ahead = True  # without it, 31 of 530 us on an H200 were host time
 
     def __init__(self, case, what):
         super().__init__(case, what)
@@ -50,7 +51,7 @@ class Gemm(Copy):
     def verify(self):
         wanted = self.a[:8].double() @ self.b.double()
         error = (self.result[:8].double() - wanted).norm() / wanted.norm()
-        # 1e-5: a float32 sum of 8192 products, one after the other
+        # 1e-5: the error of a sequential float32 sum of 8192 products
         assert error < max(8 * torch.finfo(self.a.dtype).eps, 1e-5)
 
     def rate(self, seconds):
@@ -87,7 +88,7 @@ def pytest_generate_tests(metafunc):
 
 
 def names(case, what):
-    """Of a row."""
+    """Returns the fields that identify a row in the results."""
     return {"suite": "limits", "case": case.dtype, "peer": what}
 
 

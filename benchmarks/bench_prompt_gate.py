@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate of one block and its peers; the linear gates also with the bare GEMMs that bound them:
-one with a bias forward, two backward.
+"""The gate of one block, compared with its peers. Linear gates are also compared with the GEMMs
+that they must run: one with a bias in forward, two in backward.
 
     pytest benchmarks/bench_prompt_gate.py --benchmark-only [flags of shapes.py] [--all-peers]
 
-how: "chain", in a chain of blocks (gates.Chain), beside the same chain without gates: over_us is
-what a gate costs where it is used, the figure that counts; "alone", one gate after the other
-(gates.Alone), beside ours: ratio is how many times longer a peer takes. On CUDA both also as CUDA
-graphs; alone, forward is "forward, saving", with what backward needs, and buffers rotate beyond
-four times the L2 (l2: "cold") or, where 256 of them are too small for that, do not ("warm").
+how, also as CUDA graphs on CUDA:
+  "chain"  gates in a chain of blocks (gates.Chain), compared with the same chain without gates.
+           over_us is the time that one gate adds where it is used: the most important figure.
+  "alone"  gates one after the other (gates.Alone), compared with ours: ratio is a peer's time
+           divided by our time. On CUDA, "forward, saving" is forward with the tensors that
+           backward needs, and the calls rotate through buffers of more than four times the L2
+           (l2: "cold"), unless 256 buffers are too small for that (l2: "warm").
 
-gb_per_s: the bytes that the gate must move over the time that a row takes alone; a peer that moves
-more is not credited for it. How anything is timed: harness.py.
+gb_per_s, for "alone", is the bytes that the gate must move divided by the time of the row. A peer
+that moves more bytes gets no credit for them. harness.py explains the timing.
 """
 
 import functools
@@ -39,7 +41,7 @@ pytestmark = timed_here
 
 
 def rows(config):
-    """(device, case, how, peer, which)"""
+    """Yields (device, case, how, peer, which)."""
     for case in (*chosen(config, "prompt_gate"), *chosen(config, "prompt_gate_linear")):
         for how in HOWS:
             if "graph" in how and case.device == "cpu":
@@ -65,7 +67,7 @@ def runs(case, how, peer):
     if peer == QUACK:
         return how == "alone, graph" and case.gate == "scalar"
     if peer in (TWO_CARRIERS, "triton, rows") and "chain" in how:
-        return False  # there they are as without
+        return False  # in a chain these equal "gated_prompt, carrier" and "triton"
     if peer == TWO_CARRIERS or peer.startswith("triton"):
         return case.device == "cuda" and not is_linear
     if peer.startswith("where"):
@@ -74,15 +76,16 @@ def runs(case, how, peer):
 
 
 def by_default(case, how, peer):
-    """On CUDA what goals.py asks for; on the CPU all rows of one case, the scalar gate of ViT-B,
-    and fewer of the others. It is compiling that takes most of the time, and Triton's tuning."""
+    """True if the row runs without --all-peers: on CUDA the rows that goals.py needs; on the CPU
+    almost all rows for the scalar gate of ViT-B, and fewer for other cases. Compilation and
+    Triton's tuning take most of the time of a run."""
     of_all = DEFAULT[case.device]["batch"], 50, "scalar"
     is_reference = (case.batch, case.prompts, case.gate) == of_all
     if case.device == "cuda":
         if case.pixels == CALL["pixels"]:
             return how == "alone" and peer in ("gated_prompt", "original")
         if how == "alone, graph" and peer == "original, max-autotune":
-            return is_reference  # one is enough for the time that it takes
+            return is_reference  # it compiles for a long time: one row is enough
         few = case.gate in ("channel", "token", "sample")
         return (is_reference and peer in QUICK_PEERS) or (
             how == "alone, graph" and peer in (LIMIT_PEERS if few else GOAL_PEERS)
@@ -116,7 +119,7 @@ def rival_of(how, peer):
 
 
 def names(case, how, peer, which):
-    """Of a row."""
+    """Returns the fields that identify a row in the results."""
     suite = "linear" if case.gate.startswith("linear") else "gate"
     return {"suite": suite, "case": case, "how": how, "which": which, "peer": peer}
 
@@ -126,11 +129,11 @@ def test_prompt_gate(request, benchmark, device, case, how, peer, which):
     if (peer == QUACK or peer.startswith("triton")) and device == "cpu":
         pytest.skip("needs a GPU")
     if peer == QUACK and importlib.util.find_spec("quack") is None:
-        pytest.skip("pip install quack-kernels")
+        pytest.skip("quack is not installed (pip install quack-kernels)")
     rival, work = make(case, how, rival_of(how, peer)), make(case, how, peer)
-    is_linear = case.gate.startswith("linear")  # its GEMM has kept the rows as they were
+    is_linear = case.gate.startswith("linear")  # its GEMM saves the rows before they change
     if peer.startswith("slice assignment,") and "alone" in how and not is_linear:
-        reason = "compiled, the gate's gradient is that of the rows after they were overwritten"
+        reason = "compiled, it computes the gate's gradient from the overwritten rows"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     median = race(benchmark, work, rival, which)
     if "alone" in how:

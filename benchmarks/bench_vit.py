@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models beside their peers: a training step (forward, loss, gradients of all that is tuned;
-no optimiser) and inference.
+"""Whole models compared with their peers: a training step (forward, loss, gradients of all tuned
+parameters; no optimiser) and inference.
 
     pytest benchmarks/bench_vit.py --benchmark-only [flags of shapes.py] [--all-peers]
 
-Weights are float32; a case of another dtype runs under autocast to it, by default on CUDA. ratio is
-to VPT-shallow on timm's own blocks, run in the same way: eager, compiled or as a CUDA graph; the
-row "vpt-shallow" is that against itself, its interval the noise. --all-peers adds what takes long,
-most compiled rows, and our own linear and full, which do what others' do.
+Weights are float32. A case with another dtype, such as the default on CUDA, runs under autocast to
+it. ratio is relative to VPT-shallow on timm's own blocks, run in the same way: eager, compiled or
+as a CUDA graph. The row "vpt-shallow" compares this model with itself, so its interval shows the
+noise. --all-peers adds rows that take long, most of them compiled, and our own linear and full,
+which do the same as the other linear and full.
 
-Other extra_info: attention, what computes it, one kernel for all but the original; images_per_s,
-from the median; tuned, the number of tuned parameters; of a step, saved_bytes, between forward and
-backward, and on CUDA peak_bytes, above what was there before; compiled, flop, as counted.
-No row is timed before vit_peers.check, and before what is timed, compiled and autocast, agrees with
-the eager float32 model.
+Other extra_info: attention, the implementation that computes it (SDPA with the same backend for all
+peers except the original); images_per_s, from the median; tuned, the number of tuned parameters;
+for a step saved_bytes, kept between forward and backward; for a step on CUDA peak_bytes, the peak
+above the memory that was allocated before; for a compiled step flop, counted.
+Before a row is timed, vit_peers.check must pass, and the model as it will be timed (compiled, under
+autocast) must agree with the eager float32 model.
 """
 
 import functools
@@ -32,7 +34,7 @@ from vit_peers import NUM_CLASSES, PEERS, check, make, tuned, unavailable_reason
 
 MODES = {"step": "forward+backward", "inference": "forward"}
 HOWS = ("", *COMPILED, ", graph")
-SAME = ("gated_prompt linear", "gated_prompt full")  # as others' linear and full
+SAME = ("gated_prompt linear", "gated_prompt full")  # the same as "linear" and "full"
 GATES_ALONE = ("gated_prompt, gates alone", "original, gates alone")
 EAGER_ONLY = ("linear", "linear, cached features", *SAME)
 FEW = ("original", "gated_prompt", "vpt-shallow")
@@ -42,12 +44,13 @@ GRAPHED = (
     "vpt-deep",
 )
 REFERENCE = ("ViT-B/16", 224, 64, 50)
-ON_CUDA = {  # (model, pixels, batch, prompts): the peers whose eager steps goals.py asks for
+ON_CUDA = {  # (model, pixels, batch, prompts): the peers whose eager steps goals.py needs
     REFERENCE: [name for name in PEERS if name not in (*SAME, "original, gates alone")],
     ("ViT-L/16", 224, 64, 50): ("gated_prompt", "gated_prompt, all rows", "vpt-shallow"),
     ("ViT-L/16", 512, 16, 50): ("gated_prompt, memory low",),
 }
-TOLERANCE = {"float32": 1e-3}  # relative, of logits and of each group of gradients; of others 0.1
+# relative error of the logits and of each group of gradients; 0.1 for other dtypes
+TOLERANCE = {"float32": 1e-3}
 pytestmark = timed_here
 
 
@@ -88,7 +91,7 @@ class Model(Work):
             self.gradients = torch.autograd.grad(self.loss, self.parameters)
 
     def verify(self):
-        """Beside the eager float32 model, 8 images at a time to fit."""
+        """Compares with the eager float32 model, 8 images at a time to limit memory."""
         wanted, gradients = [], [torch.zeros_like(p) for p in self.parameters]
         with torch.set_grad_enabled(self.mode == "step"):
             for images, labels in zip(self.images.split(8), self.labels.split(8), strict=True):
@@ -100,7 +103,8 @@ class Model(Work):
                     gradients = [a + b for a, b in zip(gradients, new, strict=True)]
         self.compare("logits", self.result.detach(), torch.cat(wanted))
         if self.mode == "step":
-            own = [g.contiguous() for g in self.gradients]  # a convolution's may be channels-last
+            # the gradient of a convolution may be channels-last
+            own = [g.contiguous() for g in self.gradients]
             for name, group in self.tuned.items():
                 parts = (parameters_to_vector(t[: len(group)]) for t in (own, gradients))
                 self.compare(name, *parts)
@@ -108,15 +112,16 @@ class Model(Work):
 
     def compare(self, name, got, wanted):
         error = ((got.float() - wanted).norm() / wanted.norm()).item()
-        # sums that cancel: bfloat16 gave 0.31 in the original, 0.15 in ours (ViT-S/16, CPU)
+        # temperatures: sums that cancel; in bfloat16 the error was 0.31 for the original and 0.15
+        # for ours (ViT-S/16, CPU)
         tolerance = TOLERANCE.get(self.case.dtype, 0.1) * (10 if name == "temperatures" else 1)
         assert error < tolerance, f"{name}: relative error {error:.3g}"
 
     def memory(self):
-        """saved_bytes and peak_bytes of a step that has run before."""
+        """Returns saved_bytes and, on CUDA, peak_bytes of a step. The step must have run before."""
         with self.precision():
             found = {"saved_bytes": allocated_bytes(self.model, self.images)}
-            if self.model is self.eager:  # by two means
+            if self.model is self.eager:  # both ways of counting must agree
                 counted = saved_bytes(self.eager, self.images)[0]
                 assert abs(found["saved_bytes"] - counted) < 0.01 * counted + 1e5
         if self.device == "cuda":
@@ -130,7 +135,7 @@ class Model(Work):
 
 @functools.lru_cache(maxsize=1)
 def rival_of(case, mode, how):
-    torch._dynamo.reset()  # nothing of other shapes and modes is left to guard against
+    torch._dynamo.reset()  # drops compiled code and guards for other shapes and modes
     return make_work(case, mode, "vpt-shallow", how)
 
 
@@ -141,7 +146,7 @@ def make_work(case, mode, name, how):
 
 
 def rows(config):
-    """(device, case, mode, how, peer)"""
+    """Yields (device, case, mode, how, peer)."""
     for case in chosen(config, "vit"):
         for mode in MODES:
             for how in HOWS:
@@ -153,8 +158,8 @@ def rows(config):
 
 
 def by_default(case, mode, how, name):
-    """Eager; on CUDA steps alone, a few of them compiled, for that takes a minute, and as graphs,
-    in which no host is."""
+    """True if the row runs without --all-peers: eager rows; on CUDA only steps, plus a few compiled
+    steps, since compiling takes a minute, and a few CUDA graphs, which exclude host time."""
     if case.device == "cpu":
         return how == "" and name not in (*SAME, *GATES_ALONE)
     size = case.model, case.pixels, case.batch, case.prompts
@@ -167,12 +172,13 @@ def by_default(case, mode, how, name):
 
 
 def names(case, mode, how, peer):
-    """Of a row."""
+    """Returns the fields that identify a row in the results."""
     return {"suite": "vit", "case": case.shape, "which": mode, "peer": f"{peer}{how}"}
 
 
 def attention_of(case, peer):
-    """What computes attention: of SDPA torch chooses, on a Hopper GPU it may be cuDNN's."""
+    """Returns what computes attention. For SDPA torch chooses the backend, which may be cuDNN on a
+    Hopper GPU."""
     if peer == "original":
         return "explicit softmax"
     _, num_tokens, dim = case.size

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under what conditions benchmarks run, which of them, and what of each is kept (../conftest.py
-says where)."""
+"""Selects the benchmarks that run, sets the conditions they run under, and reduces each result to a
+row, which ../conftest.py writes to a file."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ import torch._inductor.config
 
 from gated_prompt import ops
 
-# without the extra `vit`, the suites of the op alone
+# without timm (the extra `vit`) collect only the suites of the op
 collect_ignore = []
 if importlib.util.find_spec("timm") is None:
     collect_ignore += ["bench_attention.py", "bench_vit.py"]
@@ -23,9 +23,9 @@ if importlib.util.find_spec("timm") is None:
 
 def pytest_addoption(parser):
     shapes.add_options(parser)
-    parser.addoption("--all-peers", action="store_true", help="all compiled rows, too")
-    parser.addoption("--threads", type=int, default=1, help="CPU threads; above 1, time is time")
-    parser.addoption("--goals", help="only what these of goals.py ask for, by commas: G1,G2")
+    parser.addoption("--all-peers", action="store_true", help="also the rows left out by default")
+    parser.addoption("--threads", type=int, default=1, help="CPU threads; above 1, wall-clock time")
+    parser.addoption("--goals", help="only the rows that these goals of goals.py need: G1,G2")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -61,7 +61,7 @@ def case(request):
 
 @pytest.fixture(autouse=True)
 def _kept(request):
-    """The row of a benchmark that was timed, for ../conftest.py."""
+    """Passes the row of a timed benchmark to ../conftest.py."""
     yield
     arguments = request.node.funcargs or {}  # None after an interruption
     stats = getattr(arguments.get("benchmark"), "stats", None)
@@ -81,7 +81,7 @@ DIGITS = {
 
 
 def row(benchmark):
-    """Few of the figures, none of the raw data."""
+    """Returns the fields of pytest-benchmark's record that are kept, without the raw data."""
     stats, info = benchmark["stats"], benchmark["extra_info"]
     times = {
         "median_us": round(stats["median"] * 1e6, 3),
@@ -101,7 +101,8 @@ def rounded(value, digits):
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """One CPU thread: with more, what is timed at small sizes is the wake-up of the others."""
+    """Sets the number of CPU threads, by default one. With more, small sizes mostly time how long
+    the other threads take to wake up."""
     before, threads = torch.get_num_threads(), request.config.option.threads
     torch.set_num_threads(threads)
     with torch._inductor.config.patch("cpp.threads", threads):
@@ -111,8 +112,8 @@ def _threads(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def _keep_memory():
-    """glibc gives freed megabytes back to the system; to get them again cost more than the gate,
-    in some rounds and not in others."""
+    """Keeps freed memory in the process. By default glibc returns freed megabytes to the system;
+    to request them again cost more time than the gate, in some rounds but not in others."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs, counted and not timed: ops, FLOPs, bytes moved, bytes that wait for backward.
+"""Counts what a step costs: ops, FLOPs, bytes moved, and bytes that are kept for backward.
 
     python benchmarks/counts.py docs/counts.md      # rewrites the tables there
 
-A dispatch mode looks at each op of a step of vit_peers' models on the meta device, where nothing is
-computed: exact, the same everywhere, no GPU needed. The models are in bfloat16 as a whole; SDPA is
-the flash kernel, in whose place torch may take cuDNN's on a Hopper GPU; gradients are re-used by
-our gates, as they are in training.
+A dispatch mode sees each op of a training step of vit_peers' models on the meta device, which
+computes nothing: the counts are exact, the same on every machine, and need no GPU. The whole models
+are in bfloat16. SDPA is counted as the flash kernel; on a Hopper GPU torch may use cuDNN's instead.
+Our gates write into the incoming gradient, as they do in training.
 """
 
 import gc
@@ -28,30 +28,31 @@ from gated_prompt import autograd, ops
 from gated_prompt.vit import model as vit_model
 from gated_prompt.vit import shortcuts
 
-# ---- what waits for backward ----
+# ---- bytes kept for backward ----
 
 
 class _Births(TorchDispatchMode):
-    """Notes each storage that an op makes, and in which block that was."""
+    """Records each storage that an op creates, and the block in which it was created."""
 
     def __init__(self):
         super().__init__()
         self.block = -1
-        self.storages = {}  # address: (weak reference, block, bytes); None: not made here
+        self.storages = {}  # address: (weak reference, block, bytes), or None: existed before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):  # seen first as an input: was there before
+        for tensor in _tensors((args, kwargs)):  # seen first as an input: existed before
             self.storages.setdefault(tensor.untyped_storage()._cdata, None)
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.storages:  # a weak reference keeps the address taken
+            # the weak reference keeps the address from being used again
+            if storage._cdata not in self.storages:
                 entry = StorageWeakRef(storage), self.block, storage.nbytes()
                 self.storages[storage._cdata] = entry
         return out
 
     def alive(self):
-        """[(block, bytes)] of the storages that are still there."""
+        """Returns [(block, bytes)] of the storages that are still alive."""
         entries = filter(None, self.storages.values())
         return [(block, count) for weak, block, count in entries if not weak.expired()]
 
@@ -61,15 +62,18 @@ def _tensors(tree):
 
 
 def saved_bytes(model, images):
-    """(total, [bytes of each block]): activations alive between forward and backward.
+    """Returns (total, [bytes of each block]): activations alive between forward and backward.
 
-    That is every storage which an op made in forward, whatever keeps it (autograd's saved tensors,
-    a checkpoint's closure, a context), counted once and whole, and still there when all that the
-    caller holds is the sum of the logits, which is not counted. Parameters, buffers, images and
-    what else was there before are not; casts and other copies of weights made on the way are. A
-    block's bytes are those made from its norm1 to the next block's. For eager models on any device;
-    not under FakeTensorMode, where gated_prompt takes the path that compilers trace. The state of a
-    random generator that torch.utils.checkpoint keeps (5 kB a block on the CPU) is not seen.
+    Counts each storage that an op created in forward and that is still alive when the caller holds
+    only the sum of the logits. It may be kept by autograd's saved tensors, by the closure of a
+    checkpoint, or by a context. A storage counts once, with its full size. Not counted: the sum
+    itself, and storages that existed before, such as parameters, buffers and images. Casts and
+    other copies of weights made in forward are counted. A storage belongs to a block if it was
+    created between the block's norm1 and the next block's norm1.
+
+    For eager models on any device, but not under FakeTensorMode, where gated_prompt takes the path
+    for compilers. Misses the state of a random generator that torch.utils.checkpoint keeps (5 kB
+    for each block on the CPU).
     """
     blocks = (getattr(model, "vit", None) or model.backbone).blocks
     births = _Births()
@@ -77,7 +81,8 @@ def saved_bytes(model, images):
     first = {block.norm1: index for index, block in enumerate(blocks)}
     norm = type(blocks[0].norm1)
 
-    def forward(self, x, forward=norm.forward):  # of the class: a hook would be seen, and heeded
+    # replaces the method of the class, since a hook would make gated_prompt take the plain path
+    def forward(self, x, forward=norm.forward):
         births.block = first.get(self, births.block)
         return forward(self, x)
 
@@ -93,8 +98,8 @@ def saved_bytes(model, images):
 
 
 def allocated_bytes(model, images):
-    """As saved_bytes, by other means: what the allocator of the device gave in forward and has not
-    got back. For compiled models, too."""
+    """Returns the total of `saved_bytes`, measured in another way: the bytes that forward allocated
+    and did not free. Works for compiled models, too."""
     gc.collect()
     if images.is_cuda:
         before = requested_bytes()
@@ -109,7 +114,8 @@ def allocated_bytes(model, images):
 
 
 def requested_bytes(when="current"):
-    """Of CUDA memory, as asked for: the allocator gives whole blocks, which are up to 2 MB more."""
+    """Returns the bytes of CUDA memory that were requested. The allocator hands out whole blocks,
+    which are up to 2 MB larger."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
@@ -117,10 +123,10 @@ def requested_bytes(when="current"):
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts the ops that are kernels, and the bytes that they read and write.
+    """Counts the ops that launch kernels, and the bytes that these kernels read and write.
 
-    Each op reads its inputs and writes its outputs, once and whole; a view moves nothing, and of an
-    expanded tensor each element is read once. Our gates read and write what launch_plan says.
+    An op reads each input and writes each output once, as a whole. A view moves nothing, and each
+    element of an expanded tensor is read once. For our gates, launch_plan gives the bytes.
     """
 
     def __init__(self):
@@ -144,13 +150,13 @@ class _Traffic(TorchDispatchMode):
 
 
 def _aliases(inputs, outputs):
-    """Whether all outputs are views of inputs."""
+    """True if all outputs are views of inputs."""
     storages = {t.untyped_storage()._cdata for t in inputs}
     return all(t.untyped_storage()._cdata in storages for t in outputs)
 
 
 def _bytes(tensor):
-    """Of the distinct elements."""
+    """Returns the bytes of the distinct elements."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.itemsize * math.prod(size for size, stride in sizes if stride != 0)
 
@@ -167,7 +173,7 @@ def _gate_bytes(func, args):
 
 
 def gate_bytes(case, peer):
-    """What a forward and backward of a gate alone move."""
+    """Returns the bytes that forward and backward of a single gate move."""
     work, traffic = Alone(case, peer), _Traffic()
     work.prepare()
     with mock.patch.object(autograd, "is_reusable", return_value=True), traffic:
@@ -203,7 +209,7 @@ ROWS = (
 
 
 def count(name, arch, pixels, prompts, batch, **vit_options):
-    """{"kernels", "flop", "bytes", "saved_bytes"} of a training step of a peer, in bfloat16."""
+    """Returns {"kernels", "flop", "bytes", "saved_bytes"} of a peer's training step in bfloat16."""
     from vit_peers import make, tuned
 
     model = (
@@ -217,7 +223,7 @@ def count(name, arch, pixels, prompts, batch, **vit_options):
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _flash),
         mock.patch.object(autograd, "is_reusable", return_value=True),
-        # FlopCounterMode hooks every module, and would be given the plain path
+        # FlopCounterMode hooks every module, which would make the model take the plain path
         mock.patch.object(shortcuts, "is_observed", return_value=False),
         mock.patch.object(vit_model, "is_observed", return_value=False),
     ):
@@ -234,11 +240,11 @@ def count(name, arch, pixels, prompts, batch, **vit_options):
 
 
 def table(case, batch=64):
-    """Markdown: a row for each of ROWS."""
+    """Returns a Markdown table with a row for each of ROWS."""
     model, pixels, prompts = case
     lines = [
         f"### {model}, {pixels} px, P = {prompts}, B = {batch}\n",
-        "| | kernels | TFLOP | GB moved | GB kept | of the original's |",
+        "| | kernels | TFLOP | GB moved | GB kept | kept / original |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     first = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gate as a work of harness.py: alone, and in the chain of blocks where it is used."""
+"""Works of harness.py that run a gate by itself or in a chain of blocks, and their limits."""
 
 import functools
 
@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gated_prompt import ops, reference
 
-BLOCKS = {"cpu": 4, "cuda": 12}  # of a chain
+BLOCKS = {"cpu": 4, "cuda": 12}  # in a chain
 
 
 def bytes_moved(case, peer=""):
-    """What the gate must move in each pass; a peer that moves more is not credited."""
+    """Returns {pass: bytes that the gate must move}. A peer that moves more gets no credit."""
     batch, num_tokens, dim = case.size
     size = {"batch": batch, "num_tokens": num_tokens, "dim": dim, "length": case.prompts}
     size |= {"dtype": case.dtype, "gate": case.gate}
@@ -24,7 +24,8 @@ def bytes_moved(case, peer=""):
         ops.launch_plan(**size, **how)["bytes_moved"]
         for how in ({"save": False}, {"save": True}, {"backward": True})
     )
-    # it reads one more gradient; what it moves is what a copy on CUDA is the limit of
+    # Two carriers: backward reads one more gradient. On CUDA the copy and QuACK move as many bytes,
+    # since they are the limits for two carriers.
     if peer == TWO_CARRIERS or (peer in ("device copy", QUACK) and case.device == "cuda"):
         backward += batch * case.prompts * dim * case.torch_dtype.itemsize
     moved = {"forward": forward, "forward, saving": training, "backward": backward}
@@ -36,16 +37,16 @@ def l2_bytes():
 
 
 def calls_of(case):
-    """How many buffers to go through: on CUDA until four times the L2 were touched, if 256 do; 16
-    at least, since a graph and its events cost microseconds that are not the kernels'."""
+    """Returns the number of buffers to rotate through: on CUDA enough to touch four times the L2,
+    but at most 256, and at least 16, because a graph and its events add some microseconds."""
     if case.device == "cpu":
-        return 1  # h has just been written, as after a block
+        return 1  # h has just been written, like the output of a block
     return max(16, min(256, 4 * l2_bytes() // bytes_moved(case)["forward"] + 1))
 
 
 class Seed(torch.autograd.Function):
-    """Hands gradients to the backward of what a gate returns that are nobody else's, as the next
-    block's are."""
+    """Passes gradients to a gate's backward that nothing else references, like the gradients that
+    the next block would return."""
 
     @staticmethod
     def forward(ctx, gradients, *outs):
@@ -65,9 +66,10 @@ class GateWork(Work):
         self.one = torch.ones((), dtype=case.torch_dtype, device=self.device)
 
     def gradients_of(self, out, seed, leaves):
-        """Of `out`, or of it and its carrier, where `seed` has a gradient for that."""
+        """Returns the gradients of `leaves`. out: a sequence, or (sequence, carrier). seed: [the
+        sequence's gradient] or [the sequence's gradient, the carrier's gradient]."""
         outs = out[: len(seed)] if isinstance(out, tuple) else (out,)
-        # autograd would make and fill a gradient for the result of Seed; it is given one
+        # without self.one autograd would create and fill a gradient for Seed's result
         return torch.autograd.grad(Seed.apply(seed, *outs), leaves, self.one)
 
     def gate(self):
@@ -80,13 +82,13 @@ class GateWork(Work):
 
 
 class Alone(GateWork):
-    """`calls` gates, each on buffers of its own."""
+    """`calls` gates, each with its own buffers."""
 
     def __init__(self, case, peer):
         super().__init__(case, peer)
         function, mode = PEERS[peer]
         gate, start, length, rule = self.gate(), case.start, case.prompts, case.rule
-        # without self: a work is freed when nobody has it any more
+        # these functions do not refer to self, so that a work is freed with its last reference
         if function is gated_prompt_carrier:
             self.run = lambda h, x: function(h, x, gate, start, length, rule, x)
         else:
@@ -95,19 +97,19 @@ class Alone(GateWork):
         self.parameters, self.calls = gate, calls_of(case)
         self.h = self.randn(*case.size).requires_grad_()
         xs = [self.randn(*case.size) for _ in range(self.calls)]
-        # along h - x, so that the sums over it do not cancel: an error in them can be told
+        # partly along h - x, so that the sums in the gate's gradient do not cancel: an error shows
         self.gradient = self.randn(*case.size) + self.h.detach() - xs[-1]
         self.rows = slice(start, start + length)
         if peer in COMPACT:
-            # x is the prompt rows alone; their gradient comes back as compact as that
+            # x has only the prompt rows, and so has its gradient
             xs = (x[:, self.rows].clone() for x in xs)
         self.xs = [x.requires_grad_() for x in xs]
-        # of the second carrier: read by the gate, never written
+        # the gradient of the second carrier, which the gate reads and never writes
         is_second = peer == TWO_CARRIERS
         self.of_carrier = [self.gradient[:, self.rows].clone()] if is_second else []
 
     def prepare(self):
-        self.fresh = [self.h.clone() for _ in self.xs]  # not leaves, as block outputs are not
+        self.fresh = [self.h.clone() for _ in self.xs]  # not leaves, like the output of a block
         self.seeds = [[self.gradient.clone(), *self.of_carrier] for _ in self.xs]
 
     def forward(self):
@@ -120,7 +122,7 @@ class Alone(GateWork):
             self.gradients = self.gradients_of(out, seed, (self.h, x, *self.parameters))
 
     def verify(self):
-        """Of the last call, within the rounding of the dtype."""
+        """Checks the last call, within the rounding of the dtype."""
         leaves = (self.h, self.xs[-1], *self.parameters)
         exact = [t.detach().double().requires_grad_() for t in leaves]
         oracle = reference.prompt_gate if len(exact) == 3 else reference.prompt_gate_linear
@@ -138,15 +140,16 @@ class Alone(GateWork):
 
 
 class Copy(Work):
-    """The limit: a copy on the device of as many bytes as the gate must move."""
+    """The limit of a gate: a copy on the device of as many bytes as the gate must move."""
 
     def __init__(self, case, peer="device copy"):
         super().__init__(case, peer)
         self.calls, moved = calls_of(case), bytes_moved(case, peer)
-        # half is read and half written; in whole 64 KiB, since on an H200 multiples of 512 bytes
-        # were copied at 0.66 of the rate of a large copy, multiples of 4 KiB at 0.95
+        # Half of the bytes are read and half are written. Sizes are multiples of 64 KiB: on an H200
+        # multiples of 512 bytes were copied at 0.66 of the rate of a large copy, multiples of 4 KiB
+        # at 0.95.
         self.sizes = {which: -(-count // 2**17) * 2**16 for which, count in moved.items()}
-        del self.sizes["forward+backward"]  # one copy after the other
+        del self.sizes["forward+backward"]  # runs the copies of the two passes
         size = (self.calls, max(self.sizes.values()))
         options = {"dtype": torch.uint8, "device": self.device}
         self.source = torch.randint(0, 256, size, generator=self.generator, **options)
@@ -171,8 +174,8 @@ class Copy(Work):
 
 
 class QuackSoftmax(Work):
-    """QuACK's softmax over rows of D elements: it reads and writes a tensor forward, reads two and
-    writes one backward; of as many rows as make up the bytes that the gate must move."""
+    """QuACK's softmax over rows of D elements. Forward reads one tensor and writes one; backward
+    reads two and writes one. It has as many rows as the bytes that the gate must move allow."""
 
     def __init__(self, case, peer=QUACK):
         super().__init__(case, peer)
@@ -211,7 +214,7 @@ class QuackSoftmax(Work):
 
 
 class Gemms(GateWork):
-    """The limit of a linear gate: its GEMMs, one with a bias forward, two backward."""
+    """The limit of a linear gate: its GEMMs, one with a bias in forward, two in backward."""
 
     def __init__(self, case, peer="bare GEMMs"):
         super().__init__(case, peer)
@@ -241,11 +244,11 @@ class Gemms(GateWork):
 
 
 class Chain(GateWork):
-    """Prompts put into a sequence, then blocks x + layer_norm(x), which is what a gate has around
-    it in a ViT, with a gate behind each.
+    """Prompts inserted into a sequence, then blocks x + layer_norm(x), each followed by a gate. In
+    a ViT, too, a residual add precedes the gate and a layer norm follows it.
 
-    A call is a block with its gate. The peer "no gate" has none: what another takes over it is the
-    cost of its gate.
+    A call is one block with its gate. The peer "no gate" has no gates: the additional time of
+    another peer is the cost of its gate.
     """
 
     def __init__(self, case, peer):
@@ -262,7 +265,8 @@ class Chain(GateWork):
 
     def through(self, function, run=lambda block, *arguments: block(*arguments)):
         start, length, rule = self.case.start, self.case.prompts, self.case.rule
-        per_gate, calls = len(GATES[self.case.gate](1, 1, 1)), self.calls  # no self: as in Alone
+        # as in Alone, the functions below do not refer to self
+        per_gate, calls = len(GATES[self.case.gate](1, 1, 1)), self.calls
 
         def block(x, *gate):
             h = x + F.layer_norm(x, x.shape[-1:])
@@ -292,7 +296,7 @@ class Chain(GateWork):
         self.gradients = self.gradients_of(self.result, self.seed, self.leaves)
 
     def verify(self):
-        """At most twice as far from float64 as the original in eager mode."""
+        """Allows twice the error of the eager original, measured against float64."""
         groups = [self.inferred, self.result, self.gradients[0], _joined(self.gradients[1:])]
         for got, near, exact in zip(groups, *self.wanted, strict=True):
             if exact is not None:
@@ -300,8 +304,8 @@ class Chain(GateWork):
 
     @functools.cached_property
     def wanted(self):
-        """Results of the original, in the dtype and in float64."""
-        sparing = functools.partial(checkpoint, use_reentrant=False)  # float64 is large
+        """The results of the original, in the case's dtype and in float64."""
+        sparing = functools.partial(checkpoint, use_reentrant=False)  # float64 needs much memory
         function = PEERS["original"][0] if len(self.leaves) > 1 else None
         original = self.through(function, sparing)
         found = []

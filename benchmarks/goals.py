@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was aimed at, and the rows of the results that say how near it is: the table "goals" of
-benchmarks/README.md, made by report.py.
+"""The project's goals, and the rows of the results that show whether they are met. report.py prints
+them as the table "gpu goals" of benchmarks/README.md.
 """
 
 import contextlib
@@ -35,18 +35,19 @@ def on_cpu(suite, peer, dtype, **names):
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A figure of a row, or that of `of` over that of `over`, beside a bound. Rows are found by
-    their names; of a goal that does not name the case, the worst one counts."""
+    """A measured figure, compared with a bound: the figure of the row `of`, divided by the figure
+    of the row `over` if there is one. `of` and `over` are fields that the rows must have. If
+    several rows match, as for a goal without a case, the worst one counts."""
 
     id: str
     what: str
     sign: str  # "≥" or "≤"
-    bound: float | None  # None: beside the goal before
-    of: dict | None  # None: no row says it
+    bound: float | None  # None: only to compare with the goal before
+    of: dict | None  # None: no row measures it
     over: dict | None = None
     figure: str = "us"
-    times: int = 1  # how many of `of`
-    by_low: bool = False  # the low end of the interval must meet the bound, not the median
+    times: int = 1  # multiplies the figure of `of`
+    by_low: bool = False  # the low end of the interval must meet the bound, instead of the median
     device: str = "gpu"
 
 
@@ -61,17 +62,17 @@ LINEAR = {"size": "B256 P50", "kind": "linear residual"}
 
 def of_a_gate():
     for index, (id, which, passes) in enumerate(
-        (("G1", SAVING, "forward, 4P"), ("G2", "backward", "backward, 5P"))
+        (("G1", SAVING, "forward (4P)"), ("G2", "backward", "backward (5P)"))
     ):
         for size, kind, *bounds in COPIED:
             for peer, whose, bound in (
-                (TWO_CARRIERS, "", bounds[index]),
-                ("device copy", "a copy of as many bytes, ", None),  # no gate can be faster
-                (QUACK, f"{QUACK}, as many bytes, ", None),
+                (TWO_CARRIERS, "our gate", bounds[index]),
+                ("device copy", "a copy of as many bytes", None),  # no gate can be faster
+                (QUACK, f"{QUACK} on as many bytes", None),
             ):
                 if peer == QUACK and kind != "scalar":
                     continue
-                what = f"{passes}: {kind}, {size}; {whose}of the bandwidth of a large copy"
+                what = f"{passes}, {kind} gate, {size}: bandwidth of {whose} / a large copy"
                 of = gate(peer, which, size, f"{kind} mix")
                 yield Goal(id, what, "≥", bound, of, limit("copy"), "gb_per_s")
     for size, bound, how in (
@@ -81,32 +82,45 @@ def of_a_gate():
     ):
         of, over = (gate(peer, BOTH, size, how=how) for peer in ("original", TWO_CARRIERS))
         way = "graph" if "graph" in how else "eager"
-        what = f"both passes, {size}, {way}: the original over ours"
+        what = f"gate, both passes, {size}, {way}: time of original / ours"
         yield Goal("G3", what, "≥", bound, of, over)
     for size in ("B64 P50", "B256 P10"):
         of, over = (gate(peer, BOTH, size) for peer in ("original, compiled", TWO_CARRIERS))
-        yield Goal("G3", f"both passes, {size}: torch.compile over ours", "≥", 2.8, of, over)
+        yield Goal(
+            "G3",
+            f"gate, both passes, {size}: time of original, compiled / ours",
+            "≥",
+            2.8,
+            of,
+            over,
+        )
     of = gate("original, max-autotune", BOTH)
-    what = "both passes, B64 P50: torch.compile, max-autotune, over ours"
+    what = "gate, both passes, B64 P50: time of original, max-autotune / ours"
     yield Goal("G3", what, "≥", 2.8, of, gate(TWO_CARRIERS, BOTH))
     for size in ("B64 P50", "B256 P50"):
         of, over = (gate(p, BOTH, size) for p in ("triton, rows", "gated_prompt, carrier"))
-        what = f"both passes, {size}: Triton over ours, low end"
+        what = f"gate, both passes, {size}: time of Triton / ours, low end"
         yield Goal("G3", what, "≥", 0.97, of, over, by_low=True)
         of = gate("triton", BOTH, size)
-        what += "; gradient of x a whole sequence"
+        what += "; x's gradient is a sequence"
         yield Goal("G3", what, "≥", 0.97, of, figure="ratio", by_low=True)
     call = gate("gated_prompt", SAVING, how="alone")
     call["case"] = "ViT-B/16 16px B1 P1 bfloat16 scalar mix"
-    yield Goal("G3", "host, forward with checks and autograd, µs", "≤", 15, call, figure="host_us")
+    yield Goal(
+        "G3", "host time of our gate's forward, with checks, µs", "≤", 15, call, figure="host_us"
+    )
     of = call | {"peer": "original"}
-    yield Goal("G3", "host, the original's forward, µs", "≤", None, of, figure="host_us")
+    yield Goal(
+        "G3", "host time of the original gate's forward, µs", "≤", None, of, figure="host_us"
+    )
 
     for which, bound in ((SAVING, 1.35), (BOTH, 1.5)):
         of, over = (gate(p, which, **LINEAR) for p in ("gated_prompt, carrier", "bare GEMMs"))
-        yield Goal("G4", f"linear, {which}: over the bare GEMMs", "≤", bound, of, over)
+        yield Goal("G4", f"linear gate, {which}: time of ours / bare GEMMs", "≤", bound, of, over)
     over, of = (gate(p, BOTH, **LINEAR) for p in ("gated_prompt, carrier", "original, compiled"))
-    yield Goal("G4", "linear, both passes: torch.compile over ours", "≥", 1.5, of, over)
+    yield Goal(
+        "G4", "linear gate, both passes: time of original, compiled / ours", "≥", 1.5, of, over
+    )
 
 
 def of_a_step():
@@ -119,24 +133,29 @@ def of_a_step():
         ("B=8", 4, B8, ", graph"),
     ):
         of, over = step(f"original{how}", shape), step(f"gated_prompt{how}", shape)
-        yield Goal("G5", f"step, {what}{how}: the original over ours", "≥", bound, of, over)
+        yield Goal("G5", f"step, {what}{how}: time of original / ours", "≥", bound, of, over)
 
     of, over = step("original, compiled"), step("gated_prompt, compiled")
-    yield Goal("G6", "step, 224 px: the original compiled over ours compiled", "≥", 1.3, of, over)
+    yield Goal("G6", "step, 224 px, both compiled: time of original / ours", "≥", 1.3, of, over)
     of, over = ({k: v for k, v in row.items() if k != "case"} for row in (of, over))
     yield Goal("G6", "the same, lowest of all shapes that ran", "≥", 1, of, over)
     of = step("gated_prompt, compiled")
-    yield Goal("G6", "step: ours over VPT-shallow, both compiled", "≤", 1.02, of, figure="ratio")
+    yield Goal(
+        "G6", "step, both compiled: time of ours / VPT-shallow", "≤", 1.02, of, figure="ratio"
+    )
 
     for what, bound, peer in (
-        ("gates", 1.01, "gated_prompt, gates alone"),
-        ("gates; stretch", 1, "gated_prompt, gates alone"),
-        ("gates and temperatures", 1.025, "gated_prompt, all rows"),
+        ("with gates only", 1.01, "gated_prompt, gates alone"),
+        ("with gates only; stretch goal", 1, "gated_prompt, gates alone"),
+        ("with gates and temperatures", 1.025, "gated_prompt, all rows"),
     ):
         for how in ("", ", graph"):
-            whole = f"step over VPT-shallow{how}: {what}"
+            whole = f"step{how}: time of ours / VPT-shallow, {what}"
             yield Goal("G7", whole, "≤", bound, step(peer + how), figure="ratio")
-    of, what = gate("device copy", BOTH), "11 device copies of a gate's 9P, over that step"
+    of, what = (
+        gate("device copy", BOTH),
+        "time of 11 device copies of a gate's 9P / VPT-shallow's step",
+    )
     yield Goal("G7", what, "≤", None, of, step("vpt-shallow"), times=11)
 
     for what, bound, shape, how in (
@@ -145,38 +164,49 @@ def of_a_step():
         ("L", 1.025, LARGE, ""),
     ):
         of, over = step(f"gated_prompt, all rows{how}", shape), step(f"gated_prompt{how}", shape)
-        what = f"ViT-{what}{how}: all rows of the last block over ours"
+        what = f"step, ViT-{what}{how}: time of ours, all rows of the last block / ours"
         yield Goal("G8", what, "≥", bound, of, over)
 
     for what, bound, of, over in (
-        ("over the original, 224 px", 0.58, step("gated_prompt"), step("original")),
-        ("over the original, 384 px", 0.35, step("gated_prompt", AT_384), step("original", AT_384)),
-        ("over VPT-shallow", 1.03, step("gated_prompt"), step("vpt-shallow")),
-        ("memory low over the original", 0.35, step("gated_prompt, memory low"), step("original")),
+        ("ours / original, 224 px", 0.58, step("gated_prompt"), step("original")),
+        ("ours / original, 384 px", 0.35, step("gated_prompt", AT_384), step("original", AT_384)),
+        ("ours / VPT-shallow", 1.03, step("gated_prompt"), step("vpt-shallow")),
+        ("ours, memory low / original", 0.35, step("gated_prompt, memory low"), step("original")),
     ):
-        yield Goal("G9", f"peak of a step: {what}", "≤", bound, of, over, "peak_gb")
+        yield Goal("G9", f"step: peak memory of {what}", "≤", bound, of, over, "peak_gb")
     for how in ("", ", graph"):
         of, over = step("gated_prompt, memory low" + how), step("gated_prompt" + how)
-        yield Goal("G9", f"time{how}: memory low over the default", "≤", 1.2, of, over)
+        yield Goal("G9", f"step{how}: time of ours, memory low / ours", "≤", 1.2, of, over)
 
     of, over = limit("GEMM"), step("gated_prompt, compiled")
-    what = "compiled step over its FLOP at the rate of a large GEMM"
+    what = "compiled step: time of ours / time of its FLOPs at the rate of a large GEMM"
     yield Goal("G12", what, "≤", 1.45, of, over, "tflop_per_s")
-    yield Goal("G12", f"{what}; stretch", "≤", 1.35, of, over, "tflop_per_s")
+    yield Goal("G12", f"{what}; stretch goal", "≤", 1.35, of, over, "tflop_per_s")
 
     of = step("gated_prompt, memory low", LARGE_512)
-    yield Goal("G13", "ViT-L, 512 px, B=16, memory low: peak, GB", "≤", 7, of, figure="peak_gb")
+    yield Goal(
+        "G13",
+        "step, ViT-L, 512 px, B=16: peak memory of ours, memory low, GB",
+        "≤",
+        7,
+        of,
+        figure="peak_gb",
+    )
 
     of, shallow, deep = (step(peer) for peer in ("gated_prompt", "vpt-shallow", "vpt-deep"))
-    what = "over VPT-{}, as many prompts"
+    what = "ours / VPT-{}, same number of prompts"
     for how in ("", ", graph"):
         of_how, deep_how = step("gated_prompt" + how), step("vpt-deep" + how)
-        named = f"step{how}, {what}"
+        named = f"step{how}: time of {what}"
         yield Goal("G14", named.format("shallow"), "≤", 1, of_how, figure="ratio")
         yield Goal("G14", named.format("deep"), "≤", 1, of_how, deep_how)
-    yield Goal("G14", f"peak {what.format('shallow')}", "≤", 1, of, shallow, "peak_gb")
-    yield Goal("G14", f"peak {what.format('deep')}", "≤", 1, of, deep, "peak_gb")
-    yield Goal("G14", "step and peak over VPT, settings of the papers", "≤", 1, None)
+    yield Goal(
+        "G14", f"step: peak memory of {what.format('shallow')}", "≤", 1, of, shallow, "peak_gb"
+    )
+    yield Goal("G14", f"step: peak memory of {what.format('deep')}", "≤", 1, of, deep, "peak_gb")
+    yield Goal(
+        "G14", "step: time and peak memory of ours / VPT, settings of the papers", "≤", 1, None
+    )
 
 
 def on_one_cpu_thread():
@@ -185,12 +215,12 @@ def on_one_cpu_thread():
             of, over = (
                 on_cpu(counted, peer, dtype) for peer in ("original", "gated_prompt, carrier")
             )
-            what = f"CPU, {dtype}: {counted} of the original over ours"
+            what = f"CPU, {dtype}: {counted} of original / ours"
             yield Goal("G11", what, "≥", 6, of, over, counted, device="cpu")
         over = on_cpu("gate", "gated_prompt, carrier", dtype, how="chain")
         for peer in ("slice assignment", "original, compiled", "slice_scatter, compiled"):
             of = on_cpu("gate", peer, dtype, how="chain")
-            what = f"CPU, {dtype}: time of {peer} over ours, in a chain"
+            what = f"CPU, {dtype}, chain: time of a gate with {peer} / ours"
             yield Goal("G11", what, "≥", 1, of, over, "over_us", device="cpu")
 
 
@@ -198,7 +228,7 @@ GOALS = sorted(
     [
         *of_a_gate(),
         *of_a_step(),
-        Goal("G10", "numerics: CUDA tests that fail", "≤", 0, {"suite": "tests"}, figure="failed"),
+        Goal("G10", "number of CUDA tests that fail", "≤", 0, {"suite": "tests"}, figure="failed"),
         *on_one_cpu_thread(),
     ],
     key=lambda goal: int(goal.id[1:]),
@@ -206,7 +236,7 @@ GOALS = sorted(
 
 
 def asked_for(ids):
-    """Names of the rows that the goals with these ids need."""
+    """Returns the fields of each row that the goals with these ids need."""
     unknown = set(ids) - {goal.id for goal in GOALS}
     if unknown:
         raise ValueError(f"--goals: wanted some of G1 to {GOALS[-1].id}, got {sorted(unknown)}")
@@ -215,7 +245,7 @@ def asked_for(ids):
 
 
 def figure(name, row):
-    """[low, middle, high] of a row."""
+    """Returns [low, middle, high] of a figure of a row."""
     if name in ("gb_per_s", "tflop_per_s"):
         low, middle, high = row["us"]
         rate = row[name] if name in row else row["flop"] / middle / 1e6
@@ -229,12 +259,12 @@ def matching(rows, wanted):
 
 
 def measured(goal, rows):
-    """([low, middle, high], row), the worst of what is there; None: not measured."""
+    """Returns ([low, middle, high], row) for the worst matching row, or None if no row matches."""
     found = []
     for row in matching(rows, goal.of) if goal.of else ():
         overs = matching(rows, {"case": row.get("case")} | goal.over) if goal.over else [None]
         for over in overs:
-            with contextlib.suppress(KeyError):  # a row that broke off has no such figure
+            with contextlib.suppress(KeyError):  # a row that was interrupted lacks figures
                 values = figure(goal.figure, row)
                 if over is not None:
                     of_over = reversed(figure(goal.figure, over))
@@ -245,7 +275,8 @@ def measured(goal, rows):
 
 
 def mode(goal, row):
-    """How it ran, what the L2 held, whether torch was strict; "two rows": no pairs."""
+    """Describes a measurement: eager, compiled or graph; the state of the L2; "strict" if torch was
+    deterministic; "two rows" for a ratio of two rows, which did not run in pairs."""
     if row["suite"] == "tests":
         return ""
     over = goal.over or {}
@@ -260,7 +291,7 @@ def mode(goal, row):
 
 
 def lines(results):
-    """(goal, what, bound, measured, mode, met)"""
+    """Yields (goal, what, bound, measured, mode, met) as strings."""
     for goal in GOALS:
         found = measured(goal, results.get(goal.device, []))
         wanted = "" if goal.bound is None else f"{goal.sign} {goal.bound:g}"

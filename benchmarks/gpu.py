@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run on a GPU in parts, each within its time, the most telling first: truth, then numbers.
+"""Runs tests and benchmarks on a GPU in parts with time limits: first correctness, then speed.
 
     make gpu         # about eight minutes, at most nine
-    make gpu-more    # goes on where it stopped, three minutes; again, until nothing is left
-    make rehearsal   # the same parts without a GPU: on the CPU, tiny; no figure means anything
+    make gpu-more    # continues where the last run stopped, three minutes; repeat until all is done
+    make rehearsal   # the same parts on the CPU, with tiny sizes; the figures mean nothing
 
-A part ends by itself: after its seconds what has not begun skips; half a minute later it is
-interrupted, then killed, and the next one runs. What it found by then is in the results: gpu.jsonl
-(../conftest.py says how), gpu-parts.jsonl, how each part ended, and gpu.log, what they printed.
-docs/gpu.md says what each part is for. Last comes a table of the goals that were measured. Exit
-status 1: something failed or was stopped.
+After its time a part skips what it has not begun, and ends by itself. If it does not, it is
+interrupted (GRACE) and then killed (UNTIL_KILLED), and the next part runs. Results are written as
+they come: gpu.jsonl (../conftest.py describes it), gpu-parts.jsonl with how each part ended, and
+gpu.log with what the parts printed. docs/gpu.md describes the parts. At the end, the run prints the
+goals that were measured. The exit status is 1 if a part failed or was stopped.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the package is built in place, and nothing is installed
-LOG_BYTES = 2**20  # of each part, its end
-GRACE, UNTIL_KILLED = 25, 8  # seconds from a part's end to SIGINT, and from there to SIGKILL
-LEAST = 10  # seconds for which it is worth to begin
-SECONDS = "{seconds}"  # in a command: those that the part has
+sys.path.insert(0, str(ROOT))  # the package is built in place and need not be installed
+LOG_BYTES = 2**20  # the log gets the end of what each part printed
+GRACE, UNTIL_KILLED = 25, 8  # seconds from the time limit to SIGINT, and from SIGINT to SIGKILL
+LEAST = 10  # seconds; a part does not begin if fewer are left
+SECONDS = "{seconds}"  # in a command, replaced by the part's time limit
 PASSED, UNFINISHED, FAILED, STOPPED, LEFT_OUT = (
     "passed", "unfinished", "failed", "stopped", "left out"
 )  # fmt: skip
@@ -48,7 +48,7 @@ class Part:
     name: str
     seconds: int
     command: tuple
-    is_needed: bool = False  # where it fails, nothing else runs
+    is_needed: bool = False  # if it fails, nothing else runs
     environment: dict = dataclasses.field(default_factory=dict)
 
 
@@ -57,7 +57,8 @@ def has(module):
 
 
 def parts(options):
-    """Those of `make gpu`, and more; parts of one tuple run beside each other."""
+    """Returns the parts of `make gpu`, and the further parts of `make gpu-more`. Parts in the same
+    tuple run in parallel."""
     is_real = not options.rehearse
     python, device = sys.executable, "cuda" if is_real else "toy"
     pytest = (python, "-m", "pytest", "-v", "-rf", "-p", "no:cacheprovider")
@@ -66,12 +67,13 @@ def parts(options):
     rows += ("--tb", "long" if options.more else "short")
     benchmarks = (*pytest, *rows, "--benchmark-only", "--device", device)
     workers = ("-q", "-n", str(options.workers)) if has("xdist") else ()
-    if workers and has("pytest_timeout"):  # what hangs in the driver is reached by no signal
+    if workers and has("pytest_timeout"):  # a signal can't end a test that hangs in the driver
         workers += (f"--timeout={options.timeout}", "--timeout-method=thread")
     few_threads = {"OMP_NUM_THREADS": "2"} if is_real else {}
 
     def sanitizer(tool):
-        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a step beyond a tensor is seen
+        # without torch's cache, so that an access outside a tensor is detected
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         checked = ("compute-sanitizer", "--tool", tool, "--kernel-name", "kns=gated_prompt")
         checked = (*checked, "--error-exitcode", "9") if is_real else ()
         which = "small" if is_real else "small and cpu"
@@ -123,10 +125,10 @@ class Run:
         )
         for folder in (self.logs, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        self.about, self.before = None, []  # the lines of runs that this one may go on with
-        self.outcomes = {}  # name: of this run, and of those that it goes on with
+        self.about, self.before = None, []  # before: lines of the runs that this one may continue
+        self.outcomes = {}  # {part: outcome}, of this run and of the runs that it continues
         for path in filter(Path.exists, (self.rows, self.ends, self.log)):
-            path.chmod(0o644)  # brought back from another machine it may be read-only
+            path.chmod(0o644)  # a copy from another machine may be read-only
             if not options.more:
                 path.unlink()
         if self.ends.exists():
@@ -139,7 +141,7 @@ class Run:
             pool = ThreadPoolExecutor()
             try:
                 list(pool.map(lambda began: self.finish(*began), running))
-            finally:  # where this run itself is ended
+            finally:  # also if this run is interrupted
                 for *_, process in running:
                     kill(process)
                 pool.shutdown()
@@ -149,11 +151,11 @@ class Run:
                 self.go_on()
 
     def go_on(self):
-        """With what earlier runs have, if it is of this commit, torch and GPU; those of another GPU
-        or torch would spoil the results."""
+        """Takes over the outcomes of earlier runs of the same commit, torch and GPU. Exits if there
+        are results of another GPU or torch, since they must not be mixed."""
         self.about = json.loads(self.log_of("ready").read_text().splitlines()[-1])
         commit, *machine = self.about
-        for line in reversed(self.before):  # the last of a part counts
+        for line in reversed(self.before):  # the last line of a part counts
             before = line["about"] or self.about
             if before[1:] != machine:
                 sys.exit(f"gpu: {self.results} has results of {before[1:]}, this is {machine}")
@@ -161,8 +163,8 @@ class Run:
                 self.outcomes.setdefault(line["part"], line["outcome"])
 
     def begin(self, part):
-        """(part, when it began, its seconds, the size of the rows, its process); None where it
-        can't run."""
+        """Starts a part. Returns (part, start time, seconds, size of the file of rows, process), or
+        None if the part can't run."""
         left = self.end - time.monotonic() - GRACE
         most = self.most if SECONDS in part.command else part.seconds
         seconds = int(min(part.seconds, most, left))
@@ -189,7 +191,7 @@ class Run:
                 os.killpg(process.pid, sent)
                 end, was_stopped = end + UNTIL_KILLED, True
         code = process.wait()
-        kill(process)  # what it has left running
+        kill(process)  # ends processes that the part left running
         printed = self.log_of(part.name).read_bytes()[-LOG_BYTES:].decode(errors="replace")
         with self.log.open("a") as log:
             log.write(f"\n======== {part.name}: exit status {code}\n{printed}")
@@ -199,7 +201,7 @@ class Run:
             outcome = PASSED
         elif code == 0 and self.is_cut(part, size):
             outcome = UNFINISHED
-        else:  # where all was skipped, nothing was shown
+        else:  # a part that skipped all its tests has not passed
             has_run = "pytest" not in part.command or re.search(r"\d passed", printed)
             outcome = PASSED if code == 0 and has_run else FAILED
         lines = [line.strip("= ") for line in printed.splitlines() if line.strip()] or [""]
@@ -208,7 +210,8 @@ class Run:
         self.note(part, outcome, time.monotonic() - began, "; ".join(last))
 
     def is_cut(self, part, size):
-        """Whether something of its rows, those behind `size`, was skipped since its time was up."""
+        """True if one of the part's rows, which begin at `size`, was skipped because its time was
+        over."""
         if rows_in(self.results) not in part.command or not self.rows.exists():
             return False
         new = self.rows.read_text()[size:].splitlines()
@@ -218,7 +221,8 @@ class Run:
         return self.logs / f"{name}.log"
 
     def note(self, part, outcome, took, says):
-        if outcome != LEFT_OUT or part.name not in self.outcomes:  # a failure is not forgotten
+        # a part that is left out keeps its earlier outcome, such as a failure
+        if outcome != LEFT_OUT or part.name not in self.outcomes:
             self.outcomes[part.name] = outcome
         says = says[:160]
         line = {"part": part.name, "outcome": self.outcomes[part.name], "says": says}
@@ -239,8 +243,9 @@ def kill(process):
 
 
 def environment():
-    """That of the parts. What compilers make and find out goes to folders that can be taken along;
-    xformers of PyPI wants the CUDA 12 runtime, which a wheel can bring."""
+    """Returns the environment variables of the parts. Compiled code and tuning results go to
+    folders that can be copied to another machine. PyPI's xformers needs the CUDA 12 runtime, which
+    a wheel can provide."""
     compilers = {
         "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor"),
         "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
@@ -257,7 +262,7 @@ def environment():
 
 
 def table(folder):
-    """The goals that were measured."""
+    """Yields a line of text for each goal that was measured."""
     import goals
     import rows
 
@@ -269,7 +274,7 @@ def table(folder):
 
 
 def ready(is_real):
-    """Ends with why CUDA can't run here; prints commit, torch and GPU."""
+    """Prints commit, torch and GPU. Exits with a message if CUDA can't run here."""
     import torch
 
     from gated_prompt import ops
@@ -288,26 +293,26 @@ def ready(is_real):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--more", action="store_true", help="go on with the run whose results are there")
-    add("--rehearse", action="store_true", help="without a GPU: on the CPU, tiny")
-    add("--built", action="store_true", help="the extension is built, and built for this")
-    add("--ready", action="store_true", help="only say whether CUDA can run here")
-    add("--seconds", type=int, default=540, help="of all")
-    add("--most", type=int, default=600, help="seconds of a part")
-    add("--timeout", type=int, default=90, help="seconds of a test, where pytest-timeout is there")
-    add("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 4), help="of the tests")
-    add("--results", type=Path, default=Path("benchmarks/results"), help="folder")
-    add("--tests", nargs="+", default=["tests"], help="what of them")
+    add("--more", action="store_true", help="continue the run whose results are in the folder")
+    add("--rehearse", action="store_true", help="run on the CPU, with tiny sizes")
+    add("--built", action="store_true", help="skip the build: the extension is already built")
+    add("--ready", action="store_true", help="only check whether CUDA can run here")
+    add("--seconds", type=int, default=540, help="time limit of the whole run")
+    add("--most", type=int, default=600, help="upper limit for the seconds of any part")
+    add("--timeout", type=int, default=90, help="seconds for a test, with pytest-timeout")
+    add("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 4), help="for the tests")
+    add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    add("--tests", nargs="+", default=["tests"], help="test files and folders to run")
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.ready:
         return ready(is_real=not options.rehearse)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: ended from outside"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: terminated by SIGTERM"))
     run = Run(options)
     first, more = parts(options)
     run.all([*first, *more] if options.more else first)
     title = (
-        "REHEARSAL: no figure means anything" if options.rehearse else "goals that were measured"
+        "REHEARSAL: the figures mean nothing" if options.rehearse else "goals that were measured"
     )
     print(f"\n---- {title} ----", *table(options.results), sep="\n")
     sys.exit(bool({FAILED, STOPPED} & set(run.outcomes.values())))

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How anything is timed: one harness for gates, attention and whole models.
+"""Times gates, attention and whole models.
 
-What is timed is a work: an object with prepare(), which is not timed, then infer(), or forward()
-and backward(), each of which makes `calls` calls. verify() compares the results that these left
-with float64. `race` first lets both run and verify, so that no wrong result is timed, and then runs
-a work in turns with another, its rival, in the order work, rival, rival, work, work, ...; what it
-reports is of those pairs: what the machine does meanwhile meets both.
+A *work* is an object with prepare(), which is not timed, and infer(), forward() and backward(),
+each of which makes `calls` calls. verify() compares their results with float64. `race` first runs
+and verifies a work and its rival, so that no wrong result is timed. Then it runs the two in turns,
+in the order work, rival, rival, work, work, ..., and reports figures of these pairs: other load on
+the machine affects both.
 
-Time is of one call: on the CPU, CPU time of the one thread (with --threads, time); on CUDA, time on
-the device between two events with a synchronisation after them, over `calls` calls one after the
-other. In eager mode that has the host in it wherever the device waits for it; CUDA graphs, and what
-says what the device can do, are handed over while it still sleeps.
+Times are per call. On the CPU this is CPU time of the single thread (wall-clock time with several
+--threads). On CUDA it is device time between two events around `calls` calls in sequence, followed
+by a synchronisation. In eager mode it includes the time that the device waits for the host. Works
+with `ahead` (CUDA graphs, and the limits of the machine) are launched while the device still
+sleeps, so that their times include no host time.
 """
 
 import math
@@ -22,20 +23,20 @@ import torch
 
 try:
     from nvtx import annotate
-except ModuleNotFoundError:  # ranges are for profilers; the numbers do not need them
+except ModuleNotFoundError:  # only profilers need the ranges
     import contextlib
 
     def annotate(message):
         return contextlib.nullcontext()
 
 
-PASSES = ("forward", "backward", "forward+backward")  # forward alone: without gradients
-TRAINING = ("forward, saving", *PASSES[1:])  # what backward needs is saved, as in a step
-AHEAD = 1_000_000  # cycles, half a millisecond: what the host may take to hand over two graphs
+PASSES = ("forward", "backward", "forward+backward")  # "forward" is without gradients
+TRAINING = ("forward, saving", *PASSES[1:])  # "saving": keeps the tensors that backward needs
+AHEAD = 1_000_000  # cycles, half a millisecond, in which the host must launch two graphs
 
 
 def clock():
-    """pytest-benchmark's timer; it goes on by the time that a call took."""
+    """pytest-benchmark's timer. `race` advances it by the time of each call."""
     return clock.now
 
 
@@ -44,7 +45,7 @@ timed_here = pytest.mark.benchmark(timer=clock)
 
 
 class Timer:
-    """Seconds on the device, and on CUDA those that the host took to hand the work over."""
+    """Measures seconds on the device, and on CUDA also the host's seconds to launch the work."""
 
     def __init__(self, device, ahead=False):
         self.is_cuda, self.ahead = device == "cuda", ahead
@@ -54,7 +55,7 @@ class Timer:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def __call__(self, *functions):
-        """(seconds, host's seconds) of calling these."""
+        """Calls the functions and returns (seconds, host's seconds)."""
         if self.is_cuda:
             torch.cuda.synchronize()
             if self.ahead:
@@ -72,10 +73,10 @@ class Timer:
 
 
 class Work:
-    """What all works have: random inputs of a case, one call unless it says otherwise."""
+    """Base class of works: random inputs for a case, and one call unless a subclass has more."""
 
     calls = 1
-    ahead = False  # whether it is handed over while the device still sleeps
+    ahead = False  # True: launched while the device still sleeps
 
     def __init__(self, case, peer):
         self.case, self.device, self.name = case, case.device, f"{peer}/{case}"
@@ -95,16 +96,16 @@ class Work:
 
 
 def assert_near(got, near, exact, eps=0.0):
-    """At most twice as far from float64 as plain eager PyTorch, `near`, and some rounding, in
-    epsilons of the result or of what it was made of."""
+    """Allows twice the error of plain eager PyTorch (`near`), relative to float64 (`exact`), plus
+    rounding: 8 epsilons of the result's dtype or 8 `eps` (of the inputs' dtype)."""
     error, allowed = ((t.double() - exact).norm() / exact.norm() for t in (got, near))
-    # 1e-4: Inductor's plain float32 sums over P D elements on a CPU (1.2e-5 was seen)
+    # 1e-4: on a CPU Inductor sums P*D elements in plain float32 (an error of 1.2e-5 was seen)
     allowed = 2 * allowed + max(8 * torch.finfo(got.dtype).eps, 8 * eps, 1e-4)
     assert error < allowed, f"relative error {error:.3g}, at most {allowed:.3g}"
 
 
 def seconds(work, which, timer):
-    """(seconds, host's seconds) of a call of `work` in one of PASSES or TRAINING."""
+    """Returns (seconds, host's seconds) per call of `work`, in a pass of PASSES or TRAINING."""
     work.prepare()
     with annotate(f"{work.name}/{which}"):
         if which == "forward":
@@ -120,12 +121,13 @@ def seconds(work, which, timer):
 
 
 def check(work):
-    """Once for each work."""
+    """Runs and verifies a work, unless it has been verified before."""
     if getattr(work, "is_right", False):
         return
     work.prepare()
     work.infer()
-    inner = getattr(work, "work", work)  # of a Graphed, whose results stay where they are
+    # a Graphed has its results in the work that it captured, and the next replay overwrites them
+    inner = getattr(work, "work", work)
     if hasattr(inner, "inferred"):
         inner.inferred = inner.inferred.clone()
     work.prepare()
@@ -136,17 +138,18 @@ def check(work):
 
 
 def label(benchmark, **names):
-    """What a row is: suite, case, how, pass and peer; rows that differ in the peer are a group."""
+    """Names a row: suite, case, how, pass and peer. Rows that differ in the peer form a group."""
     benchmark.extra_info |= {key: str(value) for key, value in names.items()}
     benchmark.group = " ".join(map(str, list(names.values())[1:-1]))
 
 
 def race(benchmark, work, rival, which, budget=0.2, most=200):
-    """Times `work` beside `rival` in a pass, for about `budget` seconds each or `most` rounds.
+    """Times `work` and `rival` in turns, for about `budget` seconds each or `most` rounds.
 
-    extra_info gets, as [low, median, high], the ends of a 95 % interval around the median: us, the
-    work's time; ratio, that over its rival's; over_us, that less its rival's; on CUDA host_us. And
-    whether torch was told to be deterministic. Returns the median of the work's seconds.
+    extra_info gets [low, median, high], where low and high are the ends of a 95 % interval of the
+    median, of: us, the work's time; ratio, its time divided by the rival's; over_us, its time minus
+    the rival's; on CUDA host_us. It also gets `calls`, and whether torch was set to deterministic
+    algorithms. Returns the median of the work's seconds.
     """
     timer = Timer(work.device, work.ahead)
     for contender in {work, rival}:
@@ -178,7 +181,7 @@ def race(benchmark, work, rival, which, budget=0.2, most=200):
 
 
 def interval(values):
-    """[low, median, high]: the median and its 95 % interval, from the order of the values."""
+    """Returns [low, median, high], with the median's 95 % interval from the sorted values."""
     values, half = sorted(values), 0.98 * len(values) ** 0.5
     middle = (len(values) - 1) / 2
     low, high = max(0, int(middle - half)), min(len(values) - 1, math.ceil(middle + half))
@@ -186,7 +189,7 @@ def interval(values):
 
 
 class Graphed:
-    """The phases of a work as CUDA graphs: no host in the way."""
+    """The phases of a work as CUDA graphs, timed without the host."""
 
     ahead = True
 
@@ -196,7 +199,8 @@ class Graphed:
         phases = ("prepare", "infer", "forward", "backward")
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is made once is made before the capture
+        # before the capture, so that the first calls can allocate and compile
+        with torch.cuda.stream(stream):
             for phase in 3 * phases:
                 getattr(work, phase)()
         torch.cuda.synchronize()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate as others write it: (h, x, gate, start, length, rule) -> sequence.
+"""Ways to write the gate, as functions (h, x, gate, start, length, rule) -> sequence.
 
-gate is (logit,), or (weight, bias) of a linear gate. h may be written; x is a sequence as h, or the
-prompt rows alone.
+gate is (logit,), or (weight, bias) for a linear gate. A function may write into h. x is a sequence
+like h, or only the prompt rows.
 """
 
 import functools
@@ -14,7 +14,7 @@ import gated_prompt as gp
 
 
 def update(h, x, gate, rule):
-    """The new prompt rows, from the rows h and x."""
+    """Returns the new prompt rows from the prompt rows of h and x."""
     if len(gate) == 2:
         gate = [torch.nn.functional.linear(h, *(t.to(h.dtype) for t in gate))]
     g = torch.sigmoid(gate[0])
@@ -23,32 +23,33 @@ def update(h, x, gate, rule):
 
 
 def original(h, x, gate, start, length, rule):
-    """As the method's first implementation does: slices, two products, a cat of the sequence."""
+    """The method's first implementation: slices, two products, a cat of the sequence."""
     end = start + length
     new = update(h[:, start:end], x[:, start:end], gate, rule)
     return torch.cat([h[:, :start], new, h[:, end:]], dim=1)
 
 
 def slice_assignment(h, x, gate, start, length, rule):
-    """Written over the slice; autograd needs a clone of the rows for that to be legal."""
+    """Writes into the slice, for which autograd needs a clone of the rows."""
     end = start + length
     h[:, start:end] = update(h[:, start:end].clone(), x[:, start:end], gate, rule)
     return h
 
 
 def slice_scatter(h, x, gate, start, length, rule):
-    """Out of place, for compilers."""
+    """Out of place, in a form for compilers."""
     end = start + length
     new = update(h[:, start:end], x[:, start:end], gate, rule)
     return h.slice_scatter(new, 1, start, end)
 
 
 def where(h, x, gate, start, length, rule):
-    """Over the whole sequence, chosen by a mask of rows; for all gates but the full one."""
+    """Computes the whole sequence and selects rows by a mask. For all gates except the full one."""
     end, (_, num_tokens, _) = start + length, h.shape
     mask = torch.arange(num_tokens, device=h.device)[:, None]
     mask = (mask >= start) & (mask < end)
-    h_rows, x_rows = (torch.where(mask, t, 0) for t in (h, x))  # an inf elsewhere is no 0 * inf
+    # zeros in the other rows, since an inf there would become 0 * inf
+    h_rows, x_rows = (torch.where(mask, t, 0) for t in (h, x))
     if len(gate) == 1 and gate[0].dim() > 1 and gate[0].shape[-2] == length:
         gate = [torch.nn.functional.pad(gate[0], (0, 0, start, num_tokens - end))]
     return torch.where(mask, update(h_rows, x_rows, gate, rule), h)
@@ -66,14 +67,14 @@ def gated_prompt(h, x, gate, start, length, rule):
 
 
 def gated_prompt_carrier(h, x, gate, start, length, rule, carrier):
-    """The gradient of x goes to a carrier, as compact as the prompt rows: (sequence, carrier)."""
+    """Returns (sequence, carrier). The gradient of x goes to the carrier, which is [B, P, D]."""
     op = gp.prompt_gate_ if len(gate) == 1 else gp.prompt_gate_linear_
     return op(h, x, *gate, start, length, rule, carrier=carrier)
 
 
-TWO_CARRIERS = "gated_prompt, two carriers"  # its output's gradient, too, comes in two parts
-QUACK = "QuACK softmax"  # of a published kernel library, on as many bytes as the gate must move
-COMPACT = ("gated_prompt, carrier", TWO_CARRIERS, "triton, rows")  # alone, x is the prompt rows
+TWO_CARRIERS = "gated_prompt, two carriers"  # the gradient of its output also has two parts
+QUACK = "QuACK softmax"  # from a published kernel library, on as many bytes as the gate must move
+COMPACT = ("gated_prompt, carrier", TWO_CARRIERS, "triton, rows")  # in gates.Alone, x is [B, P, D]
 COMPILED = {", compiled": "default", ", max-autotune": "max-autotune-no-cudagraphs"}
 PEERS = {  # name: (function, torch.compile's mode)
     "gated_prompt": (gated_prompt, None),
@@ -94,7 +95,8 @@ PEERS = {  # name: (function, torch.compile's mode)
 
 
 def compiled(function, mode):
-    """torch.compile of a function of its own: other shapes leave nothing to guard against."""
+    """Returns the compiled function. A plain function is copied first, so that this compilation
+    shares no cache with other shapes of the same function."""
     if mode is None:
         return function
     if isinstance(function, types.FunctionType):

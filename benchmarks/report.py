@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of benchmarks/README.md and README.md, from what runs have left in results/.
+"""Makes the tables and plots of benchmarks/README.md and README.md from the results in results/.
 
     make report
 
-A page is written by hand; between "<!-- table: NAME -->" and "<!-- end -->" stands what the
-function NAME of TABLES makes of the results, and plots go beside the results, as PNG. Where a
-result is not there, the table says that it was not measured.
+Pages are written by hand, except between "<!-- table: NAME -->" and "<!-- end -->", where the
+function for NAME in TABLES writes its table. Plots are PNG files in results/. A table without
+results becomes "Not measured."
 """
 
 import collections
@@ -28,17 +28,17 @@ from shapes import Case
 HERE = Path(__file__).parent
 DEVICES = ("cpu", "gpu")
 OURS = "gated_prompt, carrier"
-LONGEST = 8  # bars are cut there, and say what they are
+LONGEST = 8  # longer bars are cut here; their labels have the full value
 
 
 def rows(result, **wanted):
-    """Those of a result with these names."""
+    """Returns the rows of a result that have these fields."""
     found = result["rows"] if result else []
     return [r for r in found if all(r.get(key) == value for key, value in wanted.items())]
 
 
 def markdown(header, lines, left=1):
-    """Without the columns that are empty."""
+    """Returns a table without empty columns; the first `left` columns are left-aligned."""
     lines = list(lines)
     full = [any(cells) for cells in zip(*lines, strict=True)]
     right = [*["---"] * left, *["---:"] * (len(header) - left)]
@@ -61,11 +61,11 @@ def micro(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
-# ---- tables: each of one result ----
+# ---- tables of one result ----
 
 
 def where(result):
-    """What ran, where and how."""
+    """The commands of the runs, with machine, versions and commit."""
     if not result:
         return NOT_MEASURED
     commands = {}
@@ -99,11 +99,11 @@ def limits(result):
         gemm = gemm and f"{gemm['tflop_per_s']:,.3g}"
         call = call and f"{call.get('host_us', [0, call['median_us']])[1]:.2f}"
         lines.append((case, copy or "", gemm or "", call or ""))
-    return markdown(("", "copy, GB/s", "GEMM, TFLOP/s", "an op, µs of the host"), lines)
+    return markdown(("", "copy, GB/s", "GEMM, TFLOP/s", "host time of an op, µs"), lines)
 
 
 def chain(result):
-    """What a gate costs in a chain of blocks: over the same chain without gates, µs."""
+    """The time in µs that each gate adds to a chain of blocks."""
     found, parts = rows(result, suite="gate"), []
     for case in unique(row["case"] for row in found):
         for how in ("chain", "chain, graph"):
@@ -127,7 +127,7 @@ def linear(result):
 
 
 def _alone(found):
-    """Medians in µs, a row for each case, a column for each peer; forward + backward, then both."""
+    """Medians in µs; a table for each pass, with a row for each case and a column for each peer."""
     found = [row for row in found if row["how"].startswith("alone")]
     if not found:
         return NOT_MEASURED
@@ -194,7 +194,7 @@ def vit(result):
 
 
 def summary(result):
-    """For README.md: a gate alone as a graph, and a training step, beside those of others."""
+    """For docs/status.md: a gate as a graph and a training step, compared with the peers; tests."""
     if not result:
         return "**Not yet run on a GPU**, neither tests nor benchmarks."
     case, lines = Case("cuda", 64, dtype="bfloat16"), []
@@ -231,8 +231,38 @@ def summary(result):
     return "\n\n".join(parts)
 
 
+def faster(results):
+    """For README.md: a gate and a training step in four rows."""
+    lines = []
+
+    def add(what, result, unit, ours, others, **wanted):
+        of = {row["peer"]: row["median_us"] / unit for row in rows(result, **wanted)}
+        if ours in of:
+            best = [min((of[p] for p in peers if p in of), default=None) for peers in others]
+            cells = (f"{micro(t)} ({t / of[ours]:.1f})" if t else "" for t in best)
+            lines.append((what, micro(of[ours]), *cells))
+
+    compiled = ("original, compiled", "slice_scatter, compiled")
+    gate = {"suite": "gate", "which": "forward+backward"}
+    for dtype in ("float32", "bfloat16"):
+        names = gate | {"case": str(Case("cpu", 8, dtype=dtype)), "how": "alone"}
+        what = f"one CPU thread: one gate, {dtype}, 8 images, µs"
+        add(what, results.get("cpu"), 1, OURS, (("original",), compiled), **names)
+    result, case = results.get("gpu"), Case("cuda", 64, dtype="bfloat16")
+    gpu = machine("gpu", result["runs"][0])[0] if result else "GPU"
+    names = gate | {"case": str(case), "how": "alone, graph"}
+    what = f"{gpu}: one gate, bfloat16, 64 images, µs"
+    add(what, result, 1, OURS, (("original",), compiled), **names)
+    names = {"suite": "vit", "case": case.shape, "which": "step"}
+    what = f"{gpu}: training step, bfloat16, 64 images, ms"
+    peers = (("original, graph",), ("original, compiled",))
+    add(what, result, 1e3, "gated_prompt, graph", peers, **names)
+    header = ("ViT-B/16, 50 prompts", "ours", "original", "original, torch.compile")
+    return markdown(header, lines) if lines else NOT_MEASURED
+
+
 def counted():
-    """{case: {peer: {pass: instructions}}} of lab/baseline.json."""
+    """Returns {case: {peer: {pass: instructions}}} from lab/baseline.json."""
     return json.loads((HERE / "lab" / "baseline.json").read_text())["instructions"]
 
 
@@ -243,11 +273,11 @@ def instructions(results):
         ours = both[OURS]
         cells = (f"{count / 1e6:,.2f} ({count / ours:.1f})" for count in both.values())
         lines.append((case, *cells))
-    return markdown(("millions (over ours)", *next(iter(counts.values()))), lines)
+    return markdown(("millions (ratio to ours)", *next(iter(counts.values()))), lines)
 
 
 def aims(results):
-    """What was aimed at, of all results."""
+    """The goals that were measured, from all results, and the number of other rows."""
     found = {device: rows(results.get(device)) for device in DEVICES}
     found["cpu"] = found["cpu"] + [
         {"suite": "instructions", "case": case, "peer": peer, "which": which, "instructions": count}
@@ -263,12 +293,12 @@ def aims(results):
     ]
     lines = list(goals.lines(found))
     measured = [line for line in lines if line[3] != NOT_MEASURED]
-    header = ("goal", "of", "", "measured", "mode", "met")
+    header = ("goal", "figure", "bound", "measured", "mode", "met")
     text = markdown(header, measured, left=2)
     missing = collections.Counter(line[0] for line in lines if line[3] == NOT_MEASURED)
     if missing:
         names = ", ".join(f"{id} ({count})" for id, count in missing.items())
-        text += f"\n\nNot measured, with the number of rows: {names}."
+        text += f"\n\nNot measured (number of rows): {names}."
     return text
 
 
@@ -290,7 +320,7 @@ def save(figure, name):
 
 
 def bars(result, device):
-    """One gate alone, forward and backward: how many times longer each peer takes than ours."""
+    """Draws the time of each peer relative to ours, for forward and backward of a single gate."""
     how = "alone, graph" if device == "gpu" else "alone"
     found = [r for r in rows(result, suite="gate", how=how) if r["which"] == "forward+backward"]
     cases = unique(row["case"] for row in found if row["peer"] == OURS)
@@ -311,19 +341,20 @@ def bars(result, device):
     axes.set_xlim(0, LONGEST + 0.5)
     axes.set_yticks([j + 0.4 for j in range(len(cases))], cases, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"time over ours (with carrier), forward + backward, {how}; {device.upper()}")
+    axes.set_xlabel(f"time / ours (with carrier), forward + backward, {how}; {device.upper()}")
     axes.legend(fontsize=7)
     save(figure, f"{device}-peers.png")
 
 
 def roofline(result, device):
-    """Bandwidth of the gate over the bytes that it must move, beside that of a copy."""
+    """Draws the bandwidth of the gate and of a copy against the bytes that the gate must move."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     marks = {OURS: "o", TWO_CARRIERS: "v", "device copy": "s", "original": "x", "triton": "^"}
     for peer, mark in marks.items():
         for how in ("alone", "alone, graph"):
             found = rows(result, suite="gate", how=how, peer=peer)
-            of = [r for r in found if "gb_per_s" in r and " 16px " not in r["case"]]  # not a call
+            # 16 px: the case that only measures the cost of a call
+            of = [r for r in found if "gb_per_s" in r and " 16px " not in r["case"]]
             if of:
                 axes.scatter(
                     [r["bytes"] / 1e6 for r in of], [r["gb_per_s"] for r in of], marker=mark,
@@ -344,12 +375,12 @@ def roofline(result, device):
 
 
 def frontier(result, device):
-    """Images a second over the memory of a step, and that memory as bars."""
+    """Draws images per second against the memory of a step, and this memory as bars."""
     needed = {"saved_bytes", "images_per_s"}
     found = [r for r in rows(result, suite="vit", which="step") if needed <= r.keys()]
     for case in unique(row["case"] for row in found):
         of = [r for r in found if r["case"] == case and "cached" not in r["peer"]]
-        if len(of) < 3:  # no picture
+        if len(of) < 3:  # too few points for a plot
             continue
         megabytes = [row.get("peak_bytes", row["saved_bytes"]) / 1e6 for row in of]
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
@@ -371,7 +402,7 @@ def frontier(result, device):
 
 
 def pictures(results):
-    """Those of the GPU, whichever there are."""
+    """Links to the plots of the GPU that exist."""
     names = sorted(path.name for path in RESULTS.glob("gpu-*.png"))
     return "\n\n".join(f"![{name[:-4]}](results/{name})" for name in names) or NOT_MEASURED
 
@@ -383,7 +414,12 @@ TABLES = {
     for device in DEVICES
     for make in (where, limits, chain, alone, linear, attention, vit, summary)
 }
-TABLES_OF_ALL = {"instructions": instructions, "gpu goals": aims, "gpu plots": pictures}
+TABLES_OF_ALL = {
+    "faster": faster,
+    "instructions": instructions,
+    "gpu goals": aims,
+    "gpu plots": pictures,
+}
 
 
 def fill(page, results):

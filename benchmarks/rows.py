@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of runs, from the files that ../conftest.py writes: cpu*.jsonl and gpu*.jsonl."""
+"""Reads the results of runs from the files that ../conftest.py writes: cpu*.jsonl, gpu*.jsonl."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,12 @@ NAMES = ("suite", "case", "how", "which", "peer")
 
 
 def load(folder=RESULTS):
-    """{device: result}: the rows of all its runs together, and the runs. Of a row that is there
-    more than once the last counts; of tests there is one row, their number by outcome; and of
-    parts (gpu.py) how they ended."""
+    """Returns {device: {"rows", "runs", "parts"}} from all files of a device.
+
+    If a row occurs several times, the last one counts. Tests become one row with the number of
+    tests for each outcome. parts: how the parts of gpu.py ended. Exits if the runs of a device come
+    from different machines.
+    """
     results = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stem):
         device, run = path.stem[:3], None
@@ -22,7 +25,7 @@ def load(folder=RESULTS):
                 run = row
                 _require_one_machine(path, device, [*result["runs"], run])
                 result["runs"].append(run)
-            elif "part" in row:  # of gpu.py
+            elif "part" in row:  # written by gpu.py
                 result["parts"][row["part"]] = row
             elif "suite" in row:
                 result["rows"][tuple(map(row.get, NAMES))] = row
@@ -43,9 +46,10 @@ def _joined(rows, runs, outcomes, parts):
 def _require_one_machine(path, device, runs):
     *others, new = (machine(device, run) for run in runs)
     if any(other != new for other in others):
-        raise SystemExit(f"{path}: of {new}, other runs of another machine")
+        raise SystemExit(f"{path}: results of {new}, but other runs are of another machine")
 
 
 def machine(device, run):
-    """What must be one for rows to be held against each other; a GPU is rented with any CPU."""
+    """Returns what must be equal in runs whose rows are compared: the torch version, and the CPU or
+    the GPU. The CPU of a GPU machine may differ, since rented GPUs come with various CPUs."""
     return run["cpu"] if device == "cpu" else (run.get("gpu") or {}).get("name"), run["torch"]

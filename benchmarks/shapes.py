@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: the one list of models, sizes and gates, and the flags that choose among them.
+"""The models, sizes and gates that are timed, and the flags that choose among them.
 
 Without flags each suite runs its QUICK cases. With any of --models, --pixels, --batches, --prompts,
---gates, --rules and --dtypes (values by commas, or "all") it runs their product; an axis that is
-not named stays as in DEFAULT and Case. --device takes those of one device; "toy" those of CUDA, on
-the CPU and tiny: a rehearsal of a run on a GPU, whose figures mean nothing.
+--gates, --rules and --dtypes (values separated by commas, or "all") it runs their product; an axis
+without a flag has its value in DEFAULT or Case. --device cpu or cuda runs only the cases of one
+device; --device toy runs the CUDA cases on the CPU with tiny sizes, as a rehearsal of a run on a
+GPU, whose figures mean nothing.
 """
 
 import dataclasses
@@ -45,16 +46,16 @@ FLAGS = dict(
 )
 
 
-DEFAULT = {  # where none is named
+DEFAULT = {  # values of axes without a flag
     "cpu": {"batch": 8, "dtype": "float32"},
     "cuda": {"batch": 64, "dtype": "bfloat16"},
 }
-CALL = {"batch": 1, "pixels": 16, "prompts": 1}  # next to nothing but the call itself
+CALL = {"batch": 1, "pixels": 16, "prompts": 1}  # so small that only the cost of the call counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem on one device: a sequence [B, N, D] and its P prompts, behind the class token."""
+    """A problem on a device: a sequence [B, N, D] with P prompts after the class token."""
 
     device: str
     batch: int
@@ -64,7 +65,7 @@ class Case:
     gate: str = "scalar"
     rule: str = "mix"
     dtype: str = "float32"
-    stands_for: str = ""  # of a toy: the shape by which its row goes
+    stands_for: str = ""  # for a toy: the shape that its row is named after
 
     start = 1
 
@@ -152,14 +153,14 @@ QUICK = {
 def add_options(parser):
     for axis, values in AXES.items():
         known = ", ".join(map(str, values))
-        text = f"which {axis} to run, by commas, or all ({known}); numbers may be others"
+        text = f"values of {axis} separated by commas, or all ({known}); other numbers are allowed"
         parser.addoption(FLAGS[axis], dest=axis, help=text)
-    text = "those of one device; toy: those of CUDA, tiny and on the CPU"
+    text = "only the cases of this device; toy: the cases of CUDA on the CPU, with tiny sizes"
     parser.addoption("--device", choices=("cpu", "cuda", "toy"), help=text)
 
 
 def chosen(config, suite):
-    """The cases of a suite: the QUICK ones, or the product of what the flags name."""
+    """Returns the cases of a suite: QUICK, or the product of the flags' values."""
     device = config.getoption("device")
     wanted = {None: DEFAULT, "toy": ["cuda"]}.get(device, [device])
     return [case for case in _of_any_device(config, suite) if case.device in wanted]

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate written by hand in Triton, in place: the peer "triton", as fast as we could make it.
+"""The gate written by hand in Triton, in place, as fast as we could make it: the peer "triton".
 
-Forward reads h and x; it writes the prompt rows and, for the logit's gradient, (h - x) / 2 or h.
-Backward reads that and the incoming gradient; it writes the gradient of x, with all its zeros, and
-that of h into the incoming gradient. This is unsafe in general: another user of that tensor would
-see it change. Here nobody else has it, and the peer is spared the question.
+Forward reads h and x. It writes the prompt rows and, for the logit's gradient, (h - x) / 2 or h.
+Backward reads this tensor and the incoming gradient. It writes the gradient of x, including zeros
+for the other rows, and overwrites the incoming gradient with the gradient of h. In general this is
+unsafe, because another user of the incoming gradient would see it change. In the benchmarks it has
+no other user, so this peer need not check, which our op does.
 
-Memory is walked in runs: the P*D elements of a sample, or, where the logit's gradient has a sum for
-each row or channel, the D of a row. A program works on a tile, some runs by some columns, and
-leaves its part of that sum; a second kernel adds the parts, in a fixed order.
+The kernels treat memory as *runs*: the P*D elements of a sample, or the D elements of a row if the
+logit's gradient has a sum for each row or channel. A program works on a tile of some runs and some
+columns, and stores its partial sum. A second kernel adds the partial sums in a fixed order.
 
-Each shape, dtype and pass gets the fastest of a few tilings, timed at its first call on a copy of
-what is written in place. (triton.autotune would time its own saving and restoring of the sequence,
-too, and that takes longer than the gate.) So a call has to come before the capture of a CUDA graph.
+Each shape, dtype and pass uses the fastest of a few tilings. The first call times them on a copy of
+the tensor that is written in place, so it must come before the capture of a CUDA graph.
+triton.autotune would include its own saving and restoring of the sequence in the time, which takes
+longer than the gate.
 """
 
 import dataclasses
@@ -23,20 +25,21 @@ import triton
 import triton.language as tl
 from triton.testing import do_bench
 
-# What a kernel is compiled for. A sample has `runs` runs of `run` elements; a tile has `rows` runs
-# and `cols` columns, and `across` tiles cover a run. dense_x: x is a sequence.
+# The compile-time constants of a kernel. A sample has `runs` runs of `run` elements; a tile has
+# `rows` runs and `cols` columns, and `across` tiles cover a run. dense_x: x is a sequence.
 NAMES = "kind mix dense_x batch tokens dim start runs run rows cols warps across tiles"
 Tiling = dataclasses.make_dataclass("Tiling", NAMES.split(), frozen=True, eq=False)
 
-INTERPRETED = triton.knobs.runtime.interpret  # small sizes then, so that there are several of all
-PARTS = 32 if INTERPRETED else 4096  # added at a time
+INTERPRETED = triton.knobs.runtime.interpret  # small tiles, so that small tests have several tiles
+PARTS = 32 if INTERPRETED else 4096  # partial sums added at a time
 
 
 def tilings(kind, length, dim, **same):
-    """Four to choose from. A program of these reads 4, 8, 16 or 32 KB forward, of two bfloat16
-    tensors. An SM of an H100 or H200 wants 15 to 25 KB on the way, and the programs on it have more
-    of any. Small ones share out evenly at B=64 (2,400 of them to 132 SMs, of 50 rows of 768); large
-    ones are fewer at B=256 and leave fewer parts of a sum. One more is 30 kernels to compile."""
+    """Yields four tilings. In forward a program reads 4, 8, 16 or 32 KB of two bfloat16 tensors. An
+    SM of an H100 or H200 needs 15 to 25 KB in flight; its programs together have more with each of
+    the tilings. Small tiles distribute evenly at B=64 (2,400 tiles on 132 SMs, for 50 rows of 768);
+    large tiles are fewer at B=256 and leave fewer partial sums. Each further tiling would mean 30
+    more kernels to compile."""
     by_row = kind in ("token", "channel")
     runs, run = (length, dim) if by_row else (1, length * dim)
     whole = triton.next_power_of_2(run)
@@ -55,7 +58,8 @@ def tilings(kind, length, dim, **same):
 
 @triton.jit
 def _places(tile, at: tl.constexpr):
-    """Of a tile: its runs and columns; by both, offsets in [B, N, D] and [B, P, D], and mask."""
+    """Returns a tile's runs and columns, and for each of its elements the offset in [B, N, D], the
+    offset in [B, P, D], and the mask."""
     run = tile // at.across * at.rows + tl.arange(0, at.rows)
     column = tile % at.across * at.cols + tl.arange(0, at.cols)
     token = (run // at.runs).to(tl.int64) * at.tokens + at.start
@@ -69,7 +73,7 @@ def _places(tile, at: tl.constexpr):
 def _gate(logit, tile, run, column, rows, mask, at: tl.constexpr):
     if at.kind == "scalar":
         z = tl.load(logit)
-    elif at.kind == "sample":  # a run is one, and a tile in one
+    elif at.kind == "sample":  # a run is a whole sample, and a tile lies within one run
         z = tl.load(logit + tile // at.across)
     elif at.kind == "token":
         z = tl.load(logit + run % at.runs)
@@ -90,14 +94,14 @@ def _forward(h, x, saved, logit, at: tl.constexpr):
     into = tl.load(x_at, mask=mask, eviction_policy="evict_first").to(tl.float32)
     g = _gate(logit, tile, run, column, rows, mask, at)
     tl.store(h + sequence, g * old + ((1 - g) * into if at.mix else into), mask=mask)
-    if saved is not None:  # half the difference: that of two float16 may be too large for one
+    if saved is not None:  # half, since the difference of two float16 may exceed float16's range
         derivative = 0.5 * old - 0.5 * into if at.mix else old
         tl.store(saved + rows, derivative, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def _backward(grad, grad_x, saved, logit, parts, rescale: tl.constexpr, at: tl.constexpr):
-    """parts: of the sums for the logit's gradient; of a full gate, that gradient."""
+    """parts: the partial sums of the logit's gradient; for a full gate, the gradient itself."""
     tile = tl.program_id(0)
     if tile >= at.tiles:
         _clear(grad_x, tile - at.tiles, at)
@@ -129,7 +133,7 @@ def _backward(grad, grad_x, saved, logit, parts, rescale: tl.constexpr, at: tl.c
 
 @triton.jit
 def _clear(x, tile, at: tl.constexpr):
-    """Zeros in a sequence, but not in its prompt rows."""
+    """Writes zeros into a sequence, except its prompt rows."""
     size: tl.constexpr = at.rows * at.cols
     across: tl.constexpr = (at.tokens * at.dim + size - 1) // size
     column = tile % across * size + tl.arange(0, size)
@@ -143,7 +147,7 @@ def _clear(x, tile, at: tl.constexpr):
 def _add(parts, logit, grad, sums: tl.constexpr, count: tl.constexpr, stride: tl.constexpr,
          part_stride: tl.constexpr, wide: tl.constexpr, deep: tl.constexpr,
          at: tl.constexpr):  # fmt: skip
-    """The gradients of `sums` logits, each from `count` parts."""
+    """Computes the gradients of `sums` logits, each from `count` partial sums."""
     of = tl.program_id(0) * wide + tl.arange(0, wide)
     total = tl.zeros([deep, wide], tl.float32)
     for first in range(0, count, deep):
@@ -156,7 +160,7 @@ def _add(parts, logit, grad, sums: tl.constexpr, count: tl.constexpr, stride: tl
 
 
 class Plan:
-    """How the kernels run on tensors of certain shapes."""
+    """Launches the kernels for tensors of one combination of shapes and dtype."""
 
     def __init__(self, size, in_size, gate_size, dtype, device, start, length, rule):
         batch, tokens, dim = size
@@ -169,7 +173,7 @@ class Plan:
         self.fastest, self.compiled = {}, {}
 
     def run(self, which, launch, written):
-        """launch(written, tiling) with the fastest tiling; `which` says what is computed."""
+        """Calls launch(written, tiling) with the fastest tiling for `which`, the kind of launch."""
         if which not in self.fastest:
             times = [0]
             if len(self.tilings) > 1:
@@ -179,7 +183,8 @@ class Plan:
         launch(written, self.fastest[which])
 
     def start(self, kernel, programs, warps, *arguments):
-        """A launch, past most of the Python in which Triton finds the compiled kernel each time."""
+        """Launches a kernel. Later calls skip most of the Python code in which Triton looks up the
+        compiled kernel."""
         key = [(a.dtype, a.data_ptr() % 16) if hasattr(a, "dtype") else a for a in arguments]
         key = (kernel, warps, *key)
         compiled = self.compiled.get(key)
@@ -198,7 +203,7 @@ class Plan:
         return saved
 
     def backward(self, grad, saved, logit, needs_h, needs_x):
-        """The gradients of x and the logit; that of h is in `grad`."""
+        """Returns the gradients of x and the logit, and writes the gradient of h into `grad`."""
         grad_x = grad.new_empty(self.in_size) if needs_x else None
         grad_logit = None if saved is None else torch.empty_like(logit)
 
@@ -247,8 +252,8 @@ class _Gate(torch.autograd.Function):
 
 
 def gate_(h, x, logit, start, length, rule):
-    """h [B, N, D] with its prompt rows written; x [B, N, D] or [B, P, D]; logit [], [D], [P, 1],
-    [B, 1, 1] or [B, P, D]. All contiguous, h and x of one dtype."""
+    """Writes the prompt rows of h [B, N, D] and returns h. x is [B, N, D] or [B, P, D]; logit is
+    [], [D], [P, 1], [B, 1, 1] or [B, P, D]. All must be contiguous, h and x of the same dtype."""
     plan = _plan(h.shape, x.shape, logit.shape, h.dtype, h.device, start, length, rule)
     if torch.is_grad_enabled():
         return _Gate.apply(h, x, logit, plan)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models around a frozen timm ViT, gated_prompt's beside those that others would write.
+"""Whole models around a frozen timm ViT: gated_prompt's, and those that others would write.
 
-`make` gives a peer by its name: images [B, 3, H, W] -> logits [B, classes], where only what is
-tuned requires grad. All peers have the same backbone weights, head, prompts, gates and
-temperatures, none has dropout, and the head of all reads the normed class token. `check` must pass
-before a peer is timed.
+`make` returns a peer by its name: a model of images [B, 3, H, W] -> logits [B, classes], in which
+only the tuned parameters require grad. All peers have the same backbone weights, head, prompts,
+gates and temperatures. None has dropout, and the head of each reads the normed class token. `check`
+must pass before a peer is timed.
 """
 
 import functools
@@ -23,7 +23,7 @@ NUM_CLASSES = 100
 
 
 class Linear(nn.Module):
-    """The head alone, on frozen features; the base of the peers below."""
+    """Tunes only the head, on frozen features. Base class of the peers below."""
 
     def __init__(self, vit):
         super().__init__()
@@ -44,12 +44,12 @@ class Linear(nn.Module):
         return x
 
     def tuned(self):
-        """What is tuned, by the names of gp's `param_groups`."""
+        """Returns {name: tuned parameters}, with the names of gp's `param_groups`."""
         return {"head": list(self.head.parameters())}
 
 
 class CachedLinear(Linear):
-    """The head on features that were computed once, before."""
+    """Tunes the head on features that are computed once for each batch of images, and kept."""
 
     def __init__(self, vit):
         super().__init__(vit)
@@ -64,7 +64,7 @@ class CachedLinear(Linear):
 
 
 class Full(Linear):
-    """Everything tuned."""
+    """Tunes all parameters."""
 
     def __init__(self, vit):
         super().__init__(vit)
@@ -86,7 +86,7 @@ class Lora(Linear):
 
         super().__init__(vit)
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv"])
-        peft.get_peft_model(vit, config)  # changes vit, too
+        peft.get_peft_model(vit, config)  # changes vit in place
 
     def forward(self, images):
         return self.head(self.vit.norm(self.blocks(self.embed(images))[:, 0]))
@@ -97,7 +97,7 @@ class Lora(Linear):
 
 
 class VPTShallow(Linear):
-    """Prompts behind the prefix tokens; the blocks are timm's own, on SDPA."""
+    """Prompts after the prefix tokens, in timm's own blocks, with SDPA."""
 
     def __init__(self, vit, num_prompts):
         super().__init__(vit)
@@ -109,7 +109,7 @@ class VPTShallow(Linear):
         return self.head(self.vit.norm(self.blocks(x)[:, 0]))
 
     def with_prompts(self, x, prompts, end):
-        """prompts in the place of rows [start, end) of x."""
+        """Returns x with the prompts instead of rows [self.start, end)."""
         prompts = prompts.expand(len(x), -1, -1).to(x.dtype)
         return torch.cat([x[:, : self.start], prompts, x[:, end:]], dim=1)
 
@@ -118,7 +118,7 @@ class VPTShallow(Linear):
 
 
 class VPTDeep(VPTShallow):
-    """Fresh prompts in the slots before every block."""
+    """New prompts in the same rows before every block."""
 
     def __init__(self, vit, num_prompts):
         super().__init__(vit, num_prompts)
@@ -137,9 +137,9 @@ class VPTDeep(VPTShallow):
 
 
 class Original(VPTShallow):
-    """Gated prompts as the method's first implementation has them: explicit softmax attention with
-    a temperature in each block; behind all blocks but the last a gate by slices, two products and a
-    cat of the whole sequence."""
+    """Gated prompts as in the method's first implementation: each block has attention with an
+    explicit softmax and a temperature; after each block except the last comes a gate made of
+    slices, two products and a cat of the whole sequence."""
 
     def __init__(self, vit, num_prompts):
         super().__init__(vit, num_prompts)
@@ -169,7 +169,7 @@ class Original(VPTShallow):
 
 
 class GatesAlone(Original):
-    """Without temperatures, on timm's own blocks."""
+    """`Original` without temperatures, on timm's own blocks."""
 
     def block(self, index, x):
         return self.vit.blocks[index](x)
@@ -179,7 +179,7 @@ class GatesAlone(Original):
 
 
 def attention(attn, x, temperature):
-    """timm's attention on x [B, N, D], the softmax explicit and with a temperature []."""
+    """timm's attention on x [B, N, D], with an explicit softmax and a temperature []."""
     batch, num_tokens, dim = x.shape
     tau = temperature + (temperature.clamp(0.01, 10.0) - temperature).detach()
     qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
@@ -189,7 +189,7 @@ def attention(attn, x, temperature):
 
 
 def wrapped(method="gpt", **options):
-    """On SDPA, as timm's own blocks are."""
+    """Returns a maker of gp.wrap's model, with SDPA like timm's own blocks."""
     options |= {"prompt_dropout": 0.0, "attention": "sdpa"}
     return lambda vit, num_prompts: gp.wrap(vit, method, num_prompts=num_prompts, **options)
 
@@ -218,14 +218,14 @@ PEERS = {  # name: (function of a timm ViT and P, the peer that it must equal)
 
 
 def unavailable_reason(name):
-    """Why the peer can't be made here, or None if it can."""
+    """Returns the reason why the peer can't be made here, or None."""
     if name == "lora" and importlib.util.find_spec("peft") is None:
         return "peft is not installed (pip install peft)"
     return None
 
 
 def make(name, arch="vit_base_patch16_224", num_prompts=50, **vit_options):
-    """The peer `name` around a timm `arch`, float32 on the CPU; arguments as for timm."""
+    """Returns the peer `name` around timm's `arch`, float32 on the CPU. vit_options go to timm."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size):
@@ -233,11 +233,11 @@ def make(name, arch="vit_base_patch16_224", num_prompts=50, **vit_options):
 
     torch.manual_seed(0)
     vit = timm.create_model(arch, num_classes=NUM_CLASSES, **vit_options)
-    with torch.no_grad():  # attention and norms that do something
+    with torch.no_grad():  # so that no norm, bias or attention is close to the identity or zero
         for parameter in vit.parameters():
             parameter.add_(randn(*parameter.shape), alpha=vit.embed_dim**-0.5)
     depth, dim = len(vit.blocks), vit.embed_dim
-    values = {  # away from the start of training, where gates are closed and temperatures 1
+    values = {  # unlike initial values, with which gates are closed and temperatures are 1
         "gates": randn(depth - 1) - 1,
         "temperatures": 1 + 0.2 * randn(depth),
         "head": randn((dim + 1) * NUM_CLASSES) / dim**0.5,
@@ -252,21 +252,21 @@ def make(name, arch="vit_base_patch16_224", num_prompts=50, **vit_options):
 
 
 def tuned(model):
-    """{"prompts": parameters, "gates": ...} of any peer, in the same order for all."""
+    """Returns {"prompts": parameters, "gates": ...} of any peer, always in the same order."""
     if hasattr(model, "param_groups"):
         return {group["name"]: group["params"] for group in model.param_groups(lr=1.0)}
     return model.tuned()
 
 
-# ---- are they the same function? ----
+# ---- do two peers compute the same function? ----
 
 TINY = {"arch": "vit_tiny_patch16_224", "img_size": 48, "depth": 3, "embed_dim": 48, "num_heads": 3}
 
 
 def results(model, parameters, images, at_once=None):
-    """{"logits": value, "prompts": gradient of a weighted sum of the logits, ...}
+    """Returns {"logits": value, "prompts": gradient of a weighted sum of the logits, ...}.
 
-    parameters: as of `tuned`. at_once: how many images go through the model together.
+    parameters: the result of `tuned`. at_once: the number of images in a call of the model.
     """
     at_once = at_once or len(images)
     flat = [parameter for group in parameters.values() for parameter in group]
@@ -286,7 +286,7 @@ def results(model, parameters, images, at_once=None):
 
 
 def errors(got, wanted):
-    """Relative errors of what both have."""
+    """Returns {name: relative error} for the names that both have."""
     return {
         name: ((got[name] - wanted[name]).norm() / wanted[name].norm()).item()
         for name in got.keys() & wanted.keys()
@@ -295,15 +295,15 @@ def errors(got, wanted):
 
 @functools.cache
 def check(name, device="cpu"):
-    """Raises AssertionError unless the peer and the one that it must equal (PEERS) agree in logits
-    and in the gradients of all that is tuned to 1e-9 of their norm, in float64 on a tiny ViT; of
-    LoRA, in logits and the gradient of the head."""
+    """Raises AssertionError unless the peer and the peer that it must equal (PEERS) agree, in
+    float64 on a tiny ViT, in the logits and in the gradients of all tuned parameters, to 1e-9 of
+    their norm. For LoRA, only the logits and the gradient of the head are compared."""
     other = PEERS[name][1]
     images = torch.randn(3, 3, 48, 48, dtype=torch.float64, device=device)
     models = [make(peer, num_prompts=4, **TINY).double().to(device) for peer in (name, other)]
     got, wanted = (results(model.train(), tuned(model), images) for model in models)
     assert name == "lora" or got.keys() == wanted.keys(), f"{name}: tunes {list(got)}"
     for group, value in got.items():
-        assert value.abs().max() > 1e-6, f"{name}: {group} of zero tells nothing"
+        assert value.abs().max() > 1e-6, f"{name}: {group} is zero, so the comparison shows nothing"
     for group, error in errors(got, wanted).items():
-        assert error < 1e-9, f"{name}: {group} differ from those of {other} by {error:.3g}"
+        assert error < 1e-9, f"{name}: {group}: relative error {error:.3g}, compared with {other}"

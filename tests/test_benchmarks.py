@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' own parts: what is timed is right; pairs are pairs; guard and report."""
+"""Tests of the benchmarks: verification, timing in pairs, shapes, goals, guard and report."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ import torch
 from conftest import timm_or_skip
 
 pytest.importorskip("pytest_benchmark")
-timm_or_skip()  # guard.py and report.py are for a whole environment
+timm_or_skip()  # guard.py and report.py need all optional packages
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ COMPILED = tuple(peers.COMPILED)
 
 
 def eager(name):
-    # Triton: tests/test_triton_gate.py
+    # tests/test_triton_gate.py checks the Triton peers
     return not name.endswith(COMPILED) and not name.startswith("triton")
 
 
@@ -65,7 +65,7 @@ def test_limits_are_right(work):
 
 
 def test_quack_s_softmax_is_checked_and_moves_the_bytes_of_the_gate(monkeypatch):
-    """By the formula in its place: the package needs a GPU."""
+    """With the formula in place of QuACK's functions, since the package needs a GPU."""
 
     def softmax_backward(gradient, out):
         return out * (gradient - (gradient * out).sum(-1, keepdim=True))
@@ -131,7 +131,7 @@ def test_steps_are_right_whatever_the_layout_of_gradients(peer):
 
 
 class Slept(harness.Work):
-    """Takes the time that a fake clock says."""
+    """Advances a fake clock by `took` instead of working."""
 
     def __init__(self, name, took, log):
         self.name, self.device, self.took, self.log = name, "cpu", took, log
@@ -201,7 +201,7 @@ def test_seed_hands_over_a_gradient_that_the_gate_writes_in_place(peer):
 
 
 def test_backward_fills_nothing_that_is_not_the_gates():
-    """Of the gates alone with a compact x there is one op in it, ours."""
+    """For gates in Alone with only the prompt rows as x, backward runs no op except ours."""
     work = gates.Alone(shapes.Case(**SMALL), peers.TWO_CARRIERS)
     work.prepare()
     work.forward()
@@ -293,7 +293,7 @@ def test_a_toy_goes_by_the_name_of_what_it_stands_for():
 
 
 def quick_rows(device):
-    """The names of all rows of `device` that run without flags, as results have them."""
+    """Returns the fields that identify the rows of `device` that run without flags."""
     found = []
     for where, *row in bench_prompt_gate.rows(options()):
         found += [bench_prompt_gate.names(*row)] * (where == device)
@@ -399,7 +399,7 @@ def test_only_a_backend_that_cannot_run_is_skipped(message, is_skipped):
 def test_attention_is_right_or_says_that_it_cannot_run(what, peer, dtype):
     work = bench_attention.WORKS[what](shapes.Case(**SMALL, dtype=dtype), peer)
     if "xformers" in peer or peer in {f"sdpa {name}" for name in ("efficient", "cudnn")}:
-        with pytest.raises((RuntimeError, ImportError)) as refused:  # they are for CUDA alone
+        with pytest.raises((RuntimeError, ImportError)) as refused:  # they need CUDA
             harness.check(work)
         says = str(refused.value)
         assert bench_attention.CANT_RUN.search(says) or "xformers" in says
@@ -479,20 +479,20 @@ def test_goals_say_what_was_met_missed_and_not_measured():
     ]
     lines = [line for line in goals.lines({"gpu": rows}) if line[0] in ("G1", "G3")]
     by_what = {what: rest for _, what, *rest in lines}
-    assert by_what["forward, 4P: scalar, B256 P50; of the bandwidth of a large copy"] == [
+    assert by_what["forward (4P), scalar gate, B256 P50: bandwidth of our gate / a large copy"] == [
         "≥ 0.97", "0.97 [0.794, 1.19]", "graph, L2 cold; two rows", "yes"
     ]  # fmt: skip
-    missed = by_what["forward, 4P: channel, B256 P50; of the bandwidth of a large copy"]
+    missed = by_what["forward (4P), channel gate, B256 P50: bandwidth of our gate / a large copy"]
     assert missed[2:] == ["graph, L2 cold, strict; two rows", "no"]
-    copied = "a copy of as many bytes, of the bandwidth of a large copy"
-    assert by_what[f"forward, 4P: channel, B256 P50; {copied}"] == [
+    copied = "bandwidth of a copy of as many bytes / a large copy"
+    assert by_what[f"forward (4P), channel gate, B256 P50: {copied}"] == [
         "", "0.96 [0.785, 1.17]", "graph, L2 cold; two rows", ""
     ]  # fmt: skip
     low_end = by_what[
-        "both passes, B64 P50: Triton over ours, low end; gradient of x a whole sequence"
+        "gate, both passes, B64 P50: time of Triton / ours, low end; x's gradient is a sequence"
     ]
     assert low_end == ["≥ 0.97", "0.99 [0.96, 1.1]", "graph, L2 cold", "no"]
-    absent = by_what["forward, 4P: token, B256 P50; of the bandwidth of a large copy"]
+    absent = by_what["forward (4P), token gate, B256 P50: bandwidth of our gate / a large copy"]
     assert absent == ["≥ 0.97", report.NOT_MEASURED, "", ""]
 
 
@@ -539,7 +539,7 @@ def test_runs_of_one_machine_are_one_result(tmp_path):
         "gpu",
         *(run, {"suite": "gate", "us": 1}, {"suite": "limits"}),
         *(test("a", "failed"), test("b", "skipped"), test("c", "skipped"), test("d", "passed")),
-        *(run | {"cpu": "another"}, {"suite": "gate", "us": 2}),  # again, and it is rented
+        *(run | {"cpu": "another"}, {"suite": "gate", "us": 2}),  # same GPU in another machine
         *(test("b", "passed"), test("d", "skipped")),
         {"id": "benchmarks/x", "outcome": "skipped", "reason": "out of time"},
     )
@@ -561,7 +561,7 @@ def test_runs_of_one_machine_are_one_result(tmp_path):
 
 
 def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
-    """A run ends where its time does."""
+    """A run can end early, so any rows may be missing."""
     figures = ("median_us", "gb_per_s", "tflop_per_s", "images_per_s", "saved_bytes", "peak_bytes")
     figures = dict.fromkeys(figures, 2e9)
     figures |= dict.fromkeys(("ratio", "over_us", "host_us"), [1.0] * 3)
@@ -585,7 +585,7 @@ def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
     assert found.count(" ms |") == 4
 
 
-@pytest.mark.parametrize("page", ["benchmarks/README.md", "README.md"])
+@pytest.mark.parametrize("page", ["benchmarks/README.md", "README.md", "docs/status.md"])
 def test_the_page_is_what_the_results_say(page):
     page = (ROOT / page).read_text()
     assert report.fill(page, report.load()) == page

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts on the meta device against what is computed, and against formulas; docs/counts.md."""
+"""Compares the counts on the meta device (docs/counts.md) with real steps and with formulas."""
 
 import functools
 import sys
@@ -31,8 +31,8 @@ def test_meta_keeps_the_bytes_that_a_real_step_keeps(name):
 
 
 def test_flop_of_vpt_are_those_of_the_formula():
-    """Of each block 24 N D^2 + 4 N^2 D forward, 24 N D^2 + 10 N^2 D backward, and no gradients of
-    weights; of a GEMM before, that of patches, and the head's after."""
+    """A block needs 24 N D^2 + 4 N^2 D forward, and 24 N D^2 + 10 N^2 D backward since there are no
+    gradients of weights. The patch embedding is one GEMM; the head is a GEMM in each direction."""
     block = 48 * N * D**2 + 14 * N**2 * D
     patches, head = 2 * 196 * 768 * D, 6 * D * vit_peers.NUM_CLASSES
     flop = of_step("vpt-shallow")["flop"]
@@ -40,7 +40,8 @@ def test_flop_of_vpt_are_those_of_the_formula():
 
 
 def test_backward_of_the_folded_projection_is_counted():
-    """The same products as VPT's, some of them by addmm_, which torch's counter does not know."""
+    """Our model runs the same products as VPT, some of them with addmm_, which torch's counter does
+    not know."""
     vpt, ours = (of_step(name)["flop"] for name in ("vpt-shallow", "gated_prompt, all rows"))
     assert ours == pytest.approx(vpt, rel=1e-3)
 
@@ -69,5 +70,5 @@ def test_bytes_of_a_gate_alone_are_those_of_both_passes():
     ours = bytes_moved(case)["forward+backward"]
     assert counts.gate_bytes(case, "gated_prompt, carrier") == ours
     sequence, rows = 2 * 8 * 384 * 4, 2 * 3 * 384 * 4
-    # [B, N, D] of zeros is read and written around the gradient of block_in's rows
+    # slice_backward reads the gradient of block_in's rows and writes a [B, N, D] one
     assert counts.gate_bytes(case, "gated_prompt") == ours + sequence + rows

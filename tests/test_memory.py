@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that wait for backward, ViT-B/16 with 50 prompts: ours, VPT's, the original's; goal G9."""
+"""Bytes kept for backward by our model, VPT and the original: ViT-B/16, 50 prompts (goal G9)."""
 
 import functools
 import sys
@@ -24,7 +24,7 @@ N, D = 1 + 50 + 196, 768  # tokens at 224 px, channels
 
 @functools.cache
 def count(name, size, pool="cls", **options):
-    """(all, [of each block]) for one image."""
+    """Returns (total bytes, [bytes of each block]) for one image."""
     if options or pool != "cls":
         vit_peers.PEERS["changed"] = (
             lambda vit, p: gp.wrap(vit, num_prompts=p, prompt_dropout=0.0, pool=pool, **options),
@@ -42,10 +42,11 @@ def count(name, size, pool="cls", **options):
     [("default", 224, 0.58), ("default", 384, 0.35), ("low", 224, 0.35), ("low", 384, 0.21)],
 )
 def test_a_training_step_keeps_this_share_of_the_originals(memory, size, goal, pool):
-    check("gated_prompt")  # the same function
+    check("gated_prompt")  # computes the same function as the original
     ours, original = count("", size, pool, memory=memory)[0], count("original", size)[0]
     print(f"{memory}, {size} px, pool={pool}: {ours / original:.3f} of {original / 1e6:.1f} MB")
-    # G9 is of the last block's pooled rows; all rows of it are 0.0001 more than that for low, 224
+    # G9 is for a last block with pooled rows; with all of its rows, low at 224 px exceeds the goal
+    # by 0.0001
     assert 0.1 < ours / original <= goal + (0.0002 if pool == "prompt+patch" else 0)
 
 
@@ -56,7 +57,7 @@ def test_a_step_keeps_hardly_more_than_vpt_shallow():
 
 @pytest.mark.parametrize(("memory", "units"), [("default", 10), ("low", 6)])
 def test_a_block_keeps_what_the_documentation_says(memory, units):
-    """units of [N, D], the gate's [P, D], and the sums of norms and softmax."""
+    """A block keeps `units` times [N, D], the gate's [P, D], and the sums of norms and softmax."""
     small = (2 * 2 + 12) * N * 4
     of_block = count("", 224, memory=memory)[1][5]
     assert (
@@ -67,5 +68,5 @@ def test_a_block_keeps_what_the_documentation_says(memory, units):
 def test_bytes_are_the_same_counted_by_another_means():
     model = vit_peers.make("gated_prompt", "vit_tiny_patch16_224", depth=3).train()
     images = torch.randn(2, 3, 224, 224)
-    allocated_bytes(model, images)  # what is made once is made
+    allocated_bytes(model, images)  # the first step allocates what is made only once
     assert abs(saved_bytes(model, images)[0] - allocated_bytes(model, images)) < 1000

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of outputs and gradients on the CPU: whether a change leaves every bit as it was.
+"""Digests of outputs and gradients on the CPU, to check that a change keeps every bit the same.
 
     python benchmarks/lab/digest.py before.json     # then change the code
     python benchmarks/lab/digest.py after.json && cmp before.json after.json
 
-Gates by dtypes, rules, slices, and in place or not; wrapped ViTs by methods, pools, memory and
-autocast. The bits are those of one machine and one torch. A case that is refused has its error.
+The cases are gates for all dtypes, rules, slices, and in place or not; and wrapped ViTs for all
+methods, pools, memory options, with and without autocast. Compare only on one machine with one
+torch. If a case raises an error, its message replaces the digest.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels cost beside what they cost before, in counts that no busy machine changes.
+"""Compares the cost of the kernels with baseline.json, in counts that other load does not change.
 
-    make guard              # fails where a count is above baseline.json's
+    make guard              # fails if a count is worse than in baseline.json
     make guard UPDATE=--update      # writes baseline.json, to be committed with the reason
 
-Instructions of a call of each gate on the CPU by callgrind (instructions.py), at most TOLERANCE
-above; registers of each CUDA kernel, no more than before, no spills, no fewer wide loads and stores
-(kernel_resources.py). Both depend on compiler and torch: those of the baseline are needed.
+Counts are the instructions of a call of each gate on the CPU (instructions.py), which may grow by
+TOLERANCE; and for each CUDA kernel its registers, which must not grow, its spills, which must be 0,
+and its wide loads and stores, which must not become fewer (kernel_resources.py). The counts depend
+on the compiler and torch, which must be the same as for the baseline.
 """
 
 import json
@@ -38,10 +39,11 @@ def measure():
 
 
 def faults(now, before):
-    """What is worse in `now` than in `before`, and what there is no more, or new."""
+    """Yields a message for each count of `now` that is worse than in `before`, and for each case or
+    kernel that only one of them has."""
     for part in ("instructions", "kernels"):
         for name in now[part].keys() ^ before[part].keys():
-            yield f"{name} is {'new' if name in now[part] else 'no more'}: update the baseline"
+            yield f"{name} is {'new' if name in now[part] else 'gone'}: update the baseline"
     for case in now["instructions"].keys() & before["instructions"].keys():
         for peer in ("gated_prompt", "gated_prompt, carrier"):
             for which, count in now["instructions"][case][peer].items():
@@ -57,7 +59,7 @@ def faults(now, before):
 
 
 def write(counts):
-    """A line for each case and each kernel, so that a change of one is a line in the diff."""
+    """Writes the baseline with a line for each case and each kernel, for readable diffs."""
     parts = []
     for part, found in counts.items():
         rows = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
@@ -72,7 +74,7 @@ def main():
         return
     before = json.loads(BASELINE.read_text())
     if before["made_with"] != now["made_with"]:
-        sys.exit(f"guard: baseline.json is of {before['made_with']}, this of {now['made_with']}")
+        sys.exit(f"guard: baseline.json needs {before['made_with']}, got {now['made_with']}")
     found = list(faults(now, before))
     print(f"{len(now['instructions'])} cases, {len(now['kernels'])} kernels, {len(found)} faults")
     if found:

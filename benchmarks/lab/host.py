@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step costs the host: models of 12 blocks whose kernels cost next to nothing.
+"""Host time of a training step, with models of 12 blocks whose kernels take almost no time.
 
     python benchmarks/lab/host.py      # milliseconds of CPU time, medians, one thread
 
-Images of one patch, D = 16, one prompt, autocast to bfloat16, weights of frozen layers in it.
+Images have one patch, D = 16, and there is one prompt. Runs under autocast to bfloat16, with the
+weights of linear and convolution layers in bfloat16.
 """
 
 import gc
@@ -33,7 +34,7 @@ def make(name):
 
 
 def step(model, images, labels):
-    """(forward's seconds, backward's)"""
+    """Returns (seconds of forward, seconds of backward)."""
     model.zero_grad()
     start = time.process_time()
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,7 +50,7 @@ def main():
     models = {name: make(name) for name in PEERS}
     times = {name: [] for name in PEERS}
     gc.disable()
-    for _ in range(ROUNDS):  # in turns: what the machine does meanwhile meets all
+    for _ in range(ROUNDS):  # in turns, so that other load affects all models
         for name, model in models.items():
             times[name].append(step(model, images, labels))
     print(f"{'':26} forward  backward")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions of a gate on the CPU, counted by callgrind: ours, and its peers'.
+"""Counts the instructions of our gate and of its peers on the CPU, with callgrind.
 
     python benchmarks/lab/instructions.py           # {case: {peer: {pass: instructions}}} as JSON
 
-Runs itself under valgrind; a call is counted after others have warmed it up. Counts are of one
-call, Python and autograd included, on one thread. Valgrind has no AVX-512, so kernels, ours and
-PyTorch's, are the AVX2 ones; counts hold for a build by one compiler for one torch.
+The script runs itself under valgrind and counts a call after warm-up calls. A count is of one call
+on one thread, including Python and autograd. Valgrind has no AVX-512, so our kernels and PyTorch's
+use AVX2. Counts are comparable only for the same compiler and the same torch.
 """
 
 import gc
@@ -34,15 +34,15 @@ def cases():
         for gate, rule in (("channel", "mix"), ("token", "residual"), ("full", "residual")):
             found.append(Case("cpu", 2, gate=gate, rule=rule, dtype=dtype))
         found.append(Case("cpu", 2, gate="linear-token", rule="residual", dtype=dtype))
-    found.append(Case("cpu", 2, dtype="float16"))  # whose loops are the hardest to vectorise
-    found.append(Case("cpu", 1, pixels=16, prompts=1))  # next to nothing but the call itself
+    found.append(Case("cpu", 2, dtype="float16"))  # its loops are the hardest to vectorise
+    found.append(Case("cpu", 1, pixels=16, prompts=1))  # almost only the cost of the call
     return found
 
 
 def count():
-    """Under valgrind: dumps the counts of each pass of each work, in order, each under its name."""
+    """Under valgrind: dumps the count of each pass of each work, and prints the names in order."""
     torch.set_num_threads(1)
-    gc.disable()  # a collection within a call would be counted
+    gc.disable()  # a collection during a call would be counted
     for case in cases():
         for peer in PEERS:
             gc.collect()
@@ -54,7 +54,7 @@ def count():
 
 
 def uncounted(*functions):
-    """As harness.Timer is called; nobody asks for the time."""
+    """Called like a harness.Timer; returns no times."""
     for function in functions:
         function()
     return (0, 0)
@@ -69,7 +69,7 @@ def counted(*functions):
 
 
 def collect():
-    """{case: {peer: {pass: instructions}}}"""
+    """Returns {case: {peer: {pass: instructions}}}."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, "callgrind.out")
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--trace-children=no"]
@@ -77,7 +77,7 @@ def collect():
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
-            sys.exit(f"instructions: valgrind ended with {done.returncode}")
+            sys.exit(f"instructions: valgrind failed with exit status {done.returncode}")
         names = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
         counts = {}
         for index, (case, peer, which) in enumerate(names, start=1):

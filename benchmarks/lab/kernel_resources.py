@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, spills and memory instructions of every CUDA kernel. Needs nvcc, no GPU.
 
-    make resources
+    python benchmarks/lab/kernel_resources.py
 
-Compiles csrc/*.cu for sm_90, reads ptxas' report, and disassembles the result. Fails if a
-kernel spills or has a stack, or if one for the widest packs (16 bytes of its narrowest type) moves
-a pack in pieces:
+Compiles csrc/*.cu for sm_90, reads ptxas' report, and disassembles the result. Fails if a kernel
+spills or has a stack. Also fails if a kernel for the widest packs (16 bytes of its narrowest type)
+moves a pack in pieces, which means one of:
 
-* it has fewer 128-bit loads or stores than packs to move (`needed`, from the structure of the
-  sources; more are there where ptxas has unrolled a loop);
-* one of the stores of Pack::store is narrower. They are known by their suffix .SM, which __stwb
-  leaves and the stores of single elements (logits, their gradients, partial sums) do not have.
+* It has fewer 128-bit loads or stores than packs to move. `needed` has the numbers, derived from
+  the structure of the sources; there are more if ptxas has unrolled a loop.
+* One of the stores of Pack::store is narrower. These stores have the suffix .SM because of __stwb;
+  stores of single elements (logits, their gradients, partial sums) do not have it.
 """
 
 import re
@@ -28,7 +28,7 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-Xptxas=-v", "-cubi
 
 
 def disassembler(toolkit):
-    """nvdisasm of the toolkit, of PATH, or of triton's wheel."""
+    """Returns the path of nvdisasm in the toolkit, in PATH, or in triton's wheel."""
     candidates = [Path(toolkit, "bin", "nvdisasm"), Path(shutil.which("nvdisasm") or "none")]
     candidates += Path(sys.prefix).glob(
         "lib/python*/site-packages/triton/backends/nvidia/bin/nvdisasm"
@@ -36,14 +36,14 @@ def disassembler(toolkit):
     return next((str(c) for c in candidates if c.is_file()), None)
 
 
-PACKS_IN_FLIGHT = 2  # kPacksInFlight of prompt_gate.h
+PACKS_IN_FLIGHT = 2  # kPacksInFlight of launch.h
 DIVIDE_PACKS = 4  # kDividePacks of divide_rows.h
 SIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
-LOGIT_SIZES = (8, 4, 2, 2)  # of the four dtypes of a logit, weight or gradient, chosen at run time
+LOGIT_SIZES = (8, 4, 2, 2)  # a logit, weight or gradient has one of four dtypes, known at run time
 
 
 def short_names(mangled):
-    """{mangled: prompt_gate_segment_fwd_kernel<BFloat16, float, 8, true>}"""
+    """Returns {mangled: name like prompt_gate_strip_fwd_kernel<BFloat16, float, 8, true>}."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True)
     prefix = r"gated_prompt::|\(anonymous namespace\)::|\((int|bool)\)|^void "
     lines = (re.sub(prefix, "", line) for line in text.stdout.splitlines())
@@ -51,23 +51,23 @@ def short_names(mangled):
 
 
 def needed(name):
-    """Of a kernel for the widest packs: 128-bit loads, 128-bit stores, and narrower stores of packs
-    that it may have. None for other kernels."""
+    """For a kernel for the widest packs, returns (128-bit loads needed, 128-bit stores needed,
+    narrower stores of packs allowed). Returns None for other kernels."""
     kernel, h, x, vector, *flags = re.findall(r"\w+", name)
     vector, is_streamed = int(vector), flags == ["true"]
     if vector * min(SIZES[h], SIZES[x]) != 16:
         return None
     out, into = (vector * SIZES[t] // 16 for t in (h, x))  # 128-bit words of a pack
     in_row = 3 if max(out, into) == 1 else 1  # kRowPacks of prompt_gate.cu
-    # of the backward by strips, stages of packs and whether the next one is loaded ahead
+    # backward by strips: packs in a stage; loads of packs, doubled if it loads the next stage ahead
     stage, loads = (1, 1) if is_streamed or out > 1 else (PACKS_IN_FLIGHT, 2 * PACKS_IN_FLIGHT)
-    # packs of logits or weights; the two 16-bit types may share an instruction, if it is a load
+    # packs of logits or weights; the two 16-bit types may share a load instruction, but no store
     read_pack = sum(vector * size // 16 for size in LOGIT_SIZES[:3])
     write_pack = sum(vector * size // 16 for size in LOGIT_SIZES)
     narrow = sum(vector * size < 16 for size in LOGIT_SIZES)
     if kernel == "prompt_gate_fwd_kernel":
         return PACKS_IN_FLIGHT * (out + into), PACKS_IN_FLIGHT * 2 * out, 0
-    if kernel == "prompt_gate_bwd_kernel":  # twice: for a gate of each sample, and not
+    if kernel == "prompt_gate_bwd_kernel":  # two loops: for a gate per sample, and for one gate
         return 4 * 3 * out, 2 * (out + into), 0
     if kernel == "prompt_gate_row_fwd_kernel":
         return in_row * (out + into), in_row * 2 * out, 0
@@ -88,11 +88,11 @@ def needed(name):
         return PACKS_IN_FLIGHT * (out + into), 0, 0
     if kernel == "divide_rows_kernel":
         return DIVIDE_PACKS * out, DIVIDE_PACKS * into, 0
-    sys.exit(f"kernel_resources: say what {name} has to move")
+    sys.exit(f"kernel_resources: needed() has no entry for {name}")
 
 
 def compile_kernels(toolkit, nvdisasm, source):
-    """{mangled name: what ptxas and the machine code say}"""
+    """Returns {mangled name: counts from ptxas' report and from the machine code}."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         nvcc = [f"{toolkit}/bin/nvcc", *FLAGS, str(source), "-o", str(cubin)]
@@ -130,7 +130,7 @@ def faults_of(name, k):
 
 
 def measure(sources=()):
-    """{kernel: registers, spills, stack, loads, stores, narrow}"""
+    """Returns {kernel: {registers, spills, stack, loads, stores, narrow}}."""
     torch = backend.find_torch()
     toolkit = backend.find_toolkit(torch.cuda) if torch and torch.cuda else None
     if toolkit is None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels by themselves: raw ops in CUDA graphs, beside copies in the same process.
+"""Times only the CUDA kernels: raw ops in CUDA graphs, compared with copies in the same process.
 
     python benchmarks/lab/raw_ops.py [--gates scalar,channel] [--sizes 64x50,256x50] [--once]
 
-For work on kernels: it needs neither timm nor Triton and compiles nothing, so it takes seconds,
-and many variants can be compared while a GPU is at hand (docs/optimisation-log.md). Sizes are batch
-x prompts, of ViT-B/16 at 224 px in bfloat16, rule mix. Forward saves what backward needs (4P);
-backward has a second carrier (5P). A line has, for each pass, the median of microseconds a call,
-and the bytes over that time as a fraction of a copy of 1 GiB. --once runs each kernel without a
-graph, twice, and times nothing: for ncu.
+For work on kernels: it needs neither timm nor Triton and compiles nothing, so a run takes seconds,
+and many variants can be compared in a short time on a GPU (docs/optimisation-log.md). Sizes are
+batch x prompts, for ViT-B/16 at 224 px in bfloat16 with the rule mix. Forward saves what backward
+needs (it moves 4P); backward has a second carrier (5P). Each line has, for each pass, the median of
+microseconds per call, and the bandwidth as a fraction of the bandwidth of a copy of 1 GiB. --once
+runs each kernel twice without a graph and times nothing, for ncu.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from shapes import GATES, Case
 
 ROUNDS = 15
 LOGITS = {name: shapes for name, shapes in GATES.items() if not name.startswith("linear")}
-LOGITS["row"] = lambda b, p, d: [(b, p, 1)]  # whose backward linear-token has, too
-PASSES = {"forward, saving": 4, "backward": 5}  # sizes of the prompt rows that each must move
+LOGITS["row"] = lambda b, p, d: [(b, p, 1)]  # linear-token has the same backward
+PASSES = {"forward, saving": 4, "backward": 5}  # bytes that each must move, in units of [B, P, D]
 
 
 class RawOps(Work):
-    """`calls` gates, each on buffers of its own."""
+    """`calls` gates, each with its own buffers."""
 
     calls = 16
 
@@ -61,7 +61,7 @@ class RawOps(Work):
         self.result = self.sequences[-1]
 
     def backward(self):
-        """The sequences stand for gradients, x for that of the second carrier."""
+        """Uses the sequences as gradients, and x as the gradient of the second carrier."""
         rows, wanted = (self.start, self.length, True), (True, True, True, False)
         self.gradients = [
             ops.prompt_gate_bwd_(g, saved, self.logit, c, *rows, *wanted, c.dtype)
@@ -69,12 +69,12 @@ class RawOps(Work):
         ]
 
     def verify(self):
-        """Of the last call, beside float64."""
+        """Compares the last call with float64."""
         rows = slice(self.start, self.start + self.length)
         allowed = max(8 * torch.finfo(self.result.dtype).eps, 1e-5)
         leaves = [t.double().requires_grad_() for t in (self.sequence, self.xs[-1], self.logit)]
         wanted = reference.prompt_gate(*leaves, self.start, self.length, "mix")
-        gradient = self.inferred.double()  # which backward has had in its place
+        gradient = self.inferred.double()  # the incoming gradient, before backward overwrote it
         gradient[:, rows] += self.xs[-1]
         exact = torch.autograd.grad(wanted, leaves, gradient)
         found = self.inferred, self.result, *self.gradients[-1][:2]
@@ -91,15 +91,15 @@ def median(work, which):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gates", default=",".join(LOGITS), help="by commas")
+    parser.add_argument("--gates", default=",".join(LOGITS), help="separated by commas")
     parser.add_argument(
-        "--sizes", default="64x50,256x50,256x200", help="batch x prompts, by commas"
+        "--sizes", default="64x50,256x50,256x200", help="batch x prompts, separated by commas"
     )
-    parser.add_argument("--once", action="store_true", help="run, time nothing: for ncu")
+    parser.add_argument("--once", action="store_true", help="run without timing, for ncu")
     parser.add_argument("--device", choices=("cuda", "toy"), default="cuda", help="as in shapes.py")
     options = parser.parse_args()
     is_toy = options.device == "toy"
-    reason = None if torch.cuda.is_available() else "none is here"
+    reason = None if torch.cuda.is_available() else "torch finds none"
     if not is_toy and (reason or ops.cuda_unavailable_reason):
         raise SystemExit(f"raw_ops: needs a GPU: {reason or ops.cuda_unavailable_reason}")
     makers = {gate: functools.partial(RawOps, gate=gate) for gate in options.gates.split(",")}
@@ -122,7 +122,7 @@ def once(works):
 
 @functools.cache
 def rate_of_a_copy(device):
-    """GB/s of a large one."""
+    """Returns GB/s of a large copy, and prints it."""
     large = bench_limits.Copy(Case(device, 64, dtype="bfloat16"), "copy")
     rate = large.rate(median(large, "forward"))["gb_per_s"]
     name = torch.cuda.get_device_name() if device == "cuda" else "toy, CPU"

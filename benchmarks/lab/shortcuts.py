@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each short cut of gated_prompt/vit/shortcuts.py gains on a training step: each switched off
-alone, the steps taken in turn. Prints rows for the table of docs/vit.md.
+"""Measures the gain of each short cut of gated_prompt/vit/shortcuts.py in a training step, by
+switching off one short cut at a time. Steps run in turns. Prints rows for the table of docs/vit.md.
 
     python benchmarks/lab/shortcuts.py --arch vit_small_patch16_224 --batch 8 [--compiled]
 """
@@ -22,7 +22,7 @@ from gated_prompt.vit import shortcuts
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the suite: benchmarks/
 from counts import saved_bytes
 
-OFF = {  # name: (conditions that are answered with no, options of wrap)
+OFF = {  # name: (conditions that are made false, options of wrap)
     "none": ((), {}),
     "folded projections": (("folded_layers",), {}),
     "pooled rows": (("pools_rows",), {}),
