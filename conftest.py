@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For tests and benchmarks alike: a run that ends by itself, writes each result down at once, and
-goes on where an earlier one stopped.
+"""Options of pytest for tests and benchmarks: end a run in time (--deadline), write each result
+immediately (--rows), continue an earlier run (--rest).
 
-A file of results (--rows) has a line of JSON for each. A line with "command" begins a run: what
-ran, where, at which commit. The lines after it are what pytest ran: "id", as pytest calls it, its
-"outcome", where it was skipped the "reason", where it failed "why", and of a benchmark the figures.
-Runs append.
+A file of results (--rows) has a line of JSON per result. A line with "command" begins a run: it
+records what ran, where, and at which commit. Each following line is a test or benchmark: its pytest
+"id", its "outcome", the "reason" if it was skipped, "why" if it failed, and the figures of a
+benchmark. New runs are appended.
 """
 
 import json
@@ -25,16 +25,16 @@ from gated_prompt import ops
 
 ROOT = Path(__file__).parent
 OUT_OF_TIME = "out of time"
-WHY = 2000  # characters of a failure, its end
+WHY = 2000  # characters kept of a failure: its end
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("gated_prompt")
-    text = "seconds from now; what has not begun by then skips"
+    text = "seconds from now; tests that have not begun by then are skipped"
     group.addoption("--deadline", type=float, default=math.inf, help=text)
-    text = "a file to which each result is appended at once, as a line of JSON"
+    text = "append each result to this file, as a line of JSON, as soon as it is known"
     group.addoption("--rows", type=Path, help=text)
-    text = "leave out what --rows has already, of this commit, this torch and this GPU"
+    text = "leave out what passed before, according to --rows, with this commit, torch and GPU"
     group.addoption("--rest", action="store_true", help=text)
 
 
@@ -42,7 +42,7 @@ _done = pytest.StashKey()
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, told by its controller
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist gets these from its controller
         config.option.deadline = config.workerinput["deadline"]
         config.stash[_done] = set(config.workerinput["done"])
         return
@@ -57,7 +57,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
-    """Of pytest-xdist: one that takes the place of a dead worker must collect what that one had."""
+    """Hook of pytest-xdist. A worker that replaces a dead one must collect the same tests."""
     node.workerinput["deadline"] = node.config.option.deadline
     node.workerinput["done"] = sorted(node.config.stash[_done])
 
@@ -76,8 +76,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def passed(path, now):
-    """The ids of what passed, or was timed, in runs such as the one that begins now; none where
-    the commit does not tell the code."""
+    """Returns the ids that passed (or were timed) in runs with the commit, torch and GPU of `now`.
+
+    The set is empty if the commit does not identify the code: it is unknown, or files have changed.
+    """
     found, is_same = set(), False
     if now["commit"] == "unknown" or now["commit"].endswith("+"):
         return found
@@ -95,7 +97,7 @@ def kind(run):
 
 
 class Rows:
-    """Writes them, as a plugin of the process that reports."""
+    """Plugin that appends rows to the file, in the process that collects the reports."""
 
     def __init__(self, path, about):
         self.file, self.now = path.open("a"), {}
@@ -117,16 +119,16 @@ class Rows:
                 row["reason"] = reason.removeprefix("Skipped: ")
         if report.when in ("setup", "call"):
             return
-        # after its last phase; or pytest-xdist says that its worker has died
+        # teardown, the last phase; or pytest-xdist reports that the worker has died
         self.write(self.now.pop(report.nodeid) | dict(report.user_properties).get("row", {}))
 
     def pytest_collectreport(self, report):
-        if report.failed:  # a file that does not import
+        if report.failed:  # the file can't be imported
             why = report.longreprtext[-WHY:]
             self.write({"id": report.nodeid, "outcome": report.outcome, "why": why})
 
 
-# ---- what a run says of itself ----
+# ---- facts about a run ----
 
 
 def about(config=None):
@@ -137,7 +139,7 @@ def about(config=None):
         "command": "pytest " + shlex.join(map(portable, arguments)),
         "commit": commit(),
         "cpu": cpu(),
-        "threads": config.getoption("threads", threads) if config else threads,  # of benchmarks
+        "threads": config.getoption("threads", threads) if config else threads,  # for benchmarks
         "gpu": gpu(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -146,13 +148,13 @@ def about(config=None):
 
 
 def portable(argument):
-    """Without the folders of this machine: --rows=/somewhere/gpu.jsonl is --rows=gpu.jsonl."""
+    """Removes folders of this machine: --rows=/somewhere/gpu.jsonl becomes --rows=gpu.jsonl."""
     return re.sub(r"(?<![^=])/\S*/", "", str(argument))
 
 
 def commit():
-    """What the environment says, for a copy without .git or with that of another commit; else
-    HEAD, with a + where files have changed since."""
+    """Returns HEAD, with a + if files have changed since. GATED_PROMPT_COMMIT overrides this, for a
+    copy that has no .git, or a .git at another commit."""
     if os.environ.get("GATED_PROMPT_COMMIT"):
         return os.environ["GATED_PROMPT_COMMIT"]
     head = _printed("git", "rev-parse", "HEAD")
@@ -167,8 +169,10 @@ def cpu():
 
 
 def gpu():
-    """What nvidia-smi knows of it, asked for one by one: a name that is new to it is left out, and
-    the rest is there. None: no GPU."""
+    """Returns facts about the GPU from nvidia-smi; None if there is no GPU.
+
+    Each is a separate query, so one that this nvidia-smi does not support loses only that fact.
+    """
     if not torch.cuda.is_available():
         return None
     names = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.limit")
@@ -181,7 +185,7 @@ def gpu():
 
 
 def _printed(*command):
-    """By a command; nothing where it is missing or fails: a run is not lost for that."""
+    """Returns what the command prints, or "" if it is missing or fails: the run continues."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):

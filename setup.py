@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds gated_prompt._C (CPU, always) and gated_prompt._C_cuda (where torch has CUDA and nvcc is
+"""Builds gated_prompt._C (CPU, always) and gated_prompt._C_cuda (if torch has CUDA and nvcc is
 found).
 
-Environment: TORCH_CUDA_ARCH_LIST ("9.0" or "8.0;9.0+PTX"), MAX_JOBS, CUDA_HOME,
-GATED_PROMPT_CPU_ONLY=1, FORCE_CUDA=1 (no CUDA is then an error). docs/building.md says more.
+Environment variables: TORCH_CUDA_ARCH_LIST ("9.0" or "8.0;9.0+PTX"), MAX_JOBS, CUDA_HOME,
+GATED_PROMPT_CPU_ONLY=1, FORCE_CUDA=1 (fail if CUDA can't be built), GATED_PROMPT_WERROR=1. See
+docs/building.md.
 """
 
 import glob
@@ -18,13 +19,13 @@ import setuptools
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
 import gated_prompt_build as backend
 
-# What pip's isolation installs, for those who build without it.
+# pip's build isolation installs these; a build without isolation needs them installed.
 BUILD_TOOLS = "pip install 'setuptools>=77,<82' wheel packaging ninja 'pybind11>=3.0'"
 
-# Turing to Blackwell; nvcc is asked which of them it knows. The last one also goes in as PTX.
+# Turing to Blackwell. The default is those that nvcc supports, the last one also as PTX.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
-# The bindings use torch's stable ABI of this version: one build serves it and every later one.
+# The bindings use the stable ABI of torch 2.10: one build works with 2.10 and all later versions.
 TORCH_TARGET = "0x020a000000000000ULL"
 HARDENING = [
     "-fstack-protector-strong",
@@ -64,23 +65,23 @@ def extensions():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
-        """Keeps object files between editable installs too, so that ninja compiles what changed."""
+        """Keeps object files between editable installs too: ninja compiles only what changed."""
 
         def finalize_options(self):
             super().finalize_options()
             self.build_temp = f"build/temp-{sys.implementation.cache_tag}"
 
-    # setuptools packs all that lies there, such as the CUDA module of an earlier build
+    # setuptools packs everything in build/lib*, even the CUDA module of an earlier build
     for folder in glob.glob("build/lib*"):
         shutil.rmtree(folder)
-    # pybind11's own headers first: torch's copy refuses to be used beside the stable ABI
+    # pybind11's headers come first: torch's copy is an #error under TORCH_STABLE_ONLY
     include = [pybind11.get_include(), os.path.abspath("csrc")]
     common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY"]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]  # torch's headers have unused ones
     if os.environ.get("GATED_PROMPT_WERROR"):
         warnings.append("-Werror")
-    here = f"-fmacro-prefix-map={os.getcwd()}/="  # messages name csrc/..., wherever it was built
-    math = ["-ffp-contract=off", "-fno-trapping-math"]  # the latter: choices vectorise
+    here = f"-fmacro-prefix-map={os.getcwd()}/="  # messages name csrc/..., not the build's folder
+    math = ["-ffp-contract=off", "-fno-trapping-math"]  # the latter lets g++ vectorise ?:
     cxx = ["-O3", here, *math, "-fvisibility=hidden", *warnings, *HARDENING, *common]
     cpu = CppExtension(
         "gated_prompt._C",
@@ -95,10 +96,11 @@ def extensions():
         architectures = architecture_list(plan.cuda_home)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         threads = os.environ.get("MAX_JOBS") or 0  # 0: one per core
-        nvcc = ["-O3", "-fmad=false", "-lineinfo", f"--threads={threads}"]  # architectures at once
+        # --threads: how many architectures nvcc compiles in parallel
+        nvcc = ["-O3", "-fmad=false", "-lineinfo", f"--threads={threads}"]
         is_new = backend.release(backend.toolkit_version(plan.cuda_home)) >= (12, 6)
         if is_new and len(architectures.replace(";", " ").split()) == 1:
-            nvcc.append(f"--split-compile={threads}")  # kernels at once, with twice the memory
+            nvcc.append(f"--split-compile={threads}")  # kernels in parallel, with twice the memory
         facts = [
             f"-DGP_NVCC={backend.toolkit_version(plan.cuda_home)}",
             f"-DGP_ARCHITECTURES={architectures.replace(';', ',').replace(' ', ',')}",
@@ -123,7 +125,7 @@ def extensions():
 
 
 def is_building() -> bool:
-    """Metadata and source archives need no torch and no compiler."""
+    """Returns False for metadata and source archives, which need no torch and no compiler."""
     return not {"egg_info", "sdist", "dist_info", "clean"} & set(sys.argv[1:])
 
 

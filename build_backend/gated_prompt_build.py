@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In-tree PEP 517 backend: setuptools', but it builds against the torch that the user already has.
+"""In-tree PEP 517 backend: setuptools' backend, but it builds against the torch the user has.
 
-pip builds in an isolated environment, where `import torch` fails and a torch listed as a build
-requirement would be another one than the user's. So: look for torch where the user has it, ask for
-one only where there is none; look for a CUDA toolkit of torch's major version, and take NVIDIA's
-own compiler from PyPI where there is none. setup.py calls `plan()` for the decisions taken.
+pip builds in an isolated environment. `import torch` fails there, and a torch listed as a build
+requirement would not be the user's torch. So this backend looks for torch in the user's
+environment, and asks pip for a torch only if there is none. It looks for a CUDA toolkit of torch's
+major version, and asks pip for NVIDIA's compiler wheels if there is none. setup.py calls `plan()`
+to get these decisions.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  every hook; two are overridden below
+from setuptools.build_meta import *  # noqa: F403  all hooks; two are overridden below
 
 MIN_TORCH = (2, 10)
-# NVIDIA's wheels depend on one another without versions, so each is pinned to torch's CUDA minor.
+# NVIDIA's wheels require each other without versions, so each is pinned to torch's CUDA minor.
 NVCC_WHEELS = (
     "nvidia-cuda-nvcc",
     "nvidia-cuda-crt",
@@ -40,7 +41,7 @@ def log(message: str) -> None:
 
 @dataclass(frozen=True)
 class Torch:
-    site: str  # the folder that holds the package `torch`
+    site: str  # folder that contains the package `torch`
     version: str
     cuda: str | None  # "13.0"; None for a CPU-only torch
 
@@ -57,11 +58,11 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def site_folders() -> list[str]:
-    """Folders in which the user's torch may be, best first."""
-    paths = sysconfig.get_paths()  # pip keeps the user's interpreter, so these are the user's
+    """Returns folders that may contain the user's torch, most likely first."""
+    paths = sysconfig.get_paths()  # pip runs the user's interpreter: these are its folders
     folders = [entry for entry in sys.path if entry] + [paths["purelib"], paths["platlib"]]
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # uv runs a throw-away interpreter
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # uv runs a temporary interpreter
         if os.environ.get(variable):
             folders.append(os.path.join(os.environ[variable], "lib", python, "site-packages"))
     in_venv = sys.prefix != sys.base_prefix
@@ -79,7 +80,7 @@ def site_folders() -> list[str]:
 
 
 def find_torch() -> Torch | None:
-    """The user's torch, read from its version.py without importing it."""
+    """Finds the user's torch and reads its version.py, without importing it."""
     for folder in site_folders():
         file = Path(folder, "torch", "version.py")
         if not file.is_file():
@@ -91,7 +92,7 @@ def find_torch() -> Torch | None:
             continue
         if release(version[1]) < MIN_TORCH:
             minimum = ".".join(map(str, MIN_TORCH))
-            log(f"torch {version[1]} in {folder} is older than {minimum}: passed over")
+            log(f"torch {version[1]} in {folder} is older than {minimum}: skipped")
             continue
         return Torch(folder, version[1], cuda[1] if cuda else None)
     return None
@@ -114,7 +115,7 @@ def toolkit_version(root: str) -> str | None:
 
 
 def root_of_nvcc(nvcc: str | None) -> str | None:
-    """The toolkit behind `nvcc`, maybe a link or a wrapper script: nvcc itself says where it is."""
+    """Asks `nvcc`, which may be a link or a wrapper script, for the folder of its toolkit."""
     if nvcc is None:
         return None
     try:
@@ -128,7 +129,7 @@ def root_of_nvcc(nvcc: str | None) -> str | None:
 
 
 def find_toolkit(cuda: str) -> str | None:
-    """A toolkit of torch's CUDA major version: the user's, else NVIDIA's wheels."""
+    """Finds a toolkit of torch's CUDA major version: the user's, or one from NVIDIA's wheels."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     roots += [root_of_nvcc(shutil.which("nvcc")), "/usr/local/cuda"]
     major = release(cuda)[0]
@@ -137,12 +138,12 @@ def find_toolkit(cuda: str) -> str | None:
     for root in filter(None, roots):
         if not is_toolkit(root):
             if root == os.environ.get("CUDA_HOME"):
-                log(f"CUDA_HOME={root} is not a whole CUDA toolkit: passed over")
+                log(f"CUDA_HOME={root} is not a complete CUDA toolkit: skipped")
             continue
         version = toolkit_version(root)
         if version is not None and release(version)[0] == major:
             return os.path.realpath(root)
-        log(f"CUDA toolkit {version} in {root} does not fit torch's CUDA {cuda}: passed over")
+        log(f"CUDA toolkit {version} in {root} does not fit torch's CUDA {cuda}: skipped")
     return None
 
 
@@ -161,8 +162,8 @@ def wants_cuda(torch: Torch) -> tuple[bool, str]:
 def extra_requirements() -> list[str]:
     torch = find_torch()
     if torch is None:
-        # nvcc can't be asked for as well: its version must follow torch's, which is not chosen yet,
-        # and unpinned it makes pip's resolver go back to an older or a CPU-only torch
+        # nvcc can't be requested too: its version must match torch's, which pip has not chosen yet.
+        # Without a pinned version, pip's resolver falls back to an older or a CPU-only torch.
         log("no torch found: the build environment gets the newest one, without nvcc")
         return [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
     log(f"found torch {torch.version} (CUDA: {torch.cuda}) in {torch.site}")
@@ -183,7 +184,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def with_lib64(root: str) -> str:
-    """`root`, or links to it in the layout that linkers look for: NVIDIA's wheels have no lib64."""
+    """Returns `root`, or a folder of links to it with the lib64 that NVIDIA's wheels lack."""
     if os.path.isdir(os.path.join(root, "lib64")):
         return root
     shim = os.path.abspath(os.path.join("build", "cuda_home"))
@@ -197,12 +198,12 @@ def with_lib64(root: str) -> str:
 
 
 def plan() -> Plan:
-    """What setup.py builds. Makes torch importable and sets CUDA_HOME."""
+    """Decides what setup.py builds. Makes torch importable and sets CUDA_HOME."""
     torch = find_torch()
     if torch is None:
         raise SystemExit("gated_prompt: building needs torch>=2.10 (pip install torch)")
     if torch.site not in sys.path:
-        sys.path.append(torch.site)  # at the end: the isolated setuptools goes first
+        sys.path.append(torch.site)  # at the end, so that the isolated setuptools is imported first
     wanted, reason = wants_cuda(torch)
     home = find_toolkit(torch.cuda) if wanted else None
     if wanted and home is None:

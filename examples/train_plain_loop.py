@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated prompts in a training script that has its own block loop: the op is one line.
+"""Gated prompts in a training script with its own loop over the blocks: the op is one line.
 
     python examples/train_plain_loop.py --steps 20
 
-Trains on random images, since its point is the loop. `gate` is a parameter of `main` so that a test
-can put the eager formula in its place and compare the losses.
+Trains on random images, because only the loop matters here. `gate` is a parameter of `main` so that
+a test can replace it by the eager formula and compare the losses.
 """
 
 import argparse

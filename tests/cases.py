@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for the op: layouts in a guarded buffer, special values, and a run of the op beside its
-oracles."""
+"""Test cases for the op: input layouts in guarded buffers, special values, and comparison with the
+reference."""
 
 import contextlib
 import itertools
@@ -41,23 +41,23 @@ LAYOUTS = {
     "transposed": lambda b, n, d: ((d * n, 1, n), 1),
     "sequence_first": lambda b, n, d: ((d, b * d, 1), 0),
     "every_second_channel": lambda b, n, d: ((2 * n * d, 2 * d, 2), 0),
-    "expanded": lambda b, n, d: ((0, d, 1), 2),  # for what is read only
+    "expanded": lambda b, n, d: ((0, d, 1), 2),  # for read-only tensors
 }
 WRITABLE = tuple(name for name in LAYOUTS if name != "expanded")
 
-# "sequence" [B, N, D], "rows" [B, P, D], "shared" [P, D]; "carrier" (in place): rows, whose
-# gradient, and part of the incoming one, goes by a carrier
+# "sequence" [B, N, D], "rows" [B, P, D], "shared" [P, D]; "carrier" (in place only): rows that are
+# passed as the carrier too, so that their gradient, and half of the incoming one, goes through it
 IN_FORMS = ("sequence", "rows", "shared", "carrier")
 VALUES = ("normal", "zeros", "denormal", "large", "saturated", "nonfinite")
 
 SIZES = (  # batch, num_tokens, dim, start, length
     (2, 7, 12, 1, 3),
-    (3, 9, 64, -4, 4),  # at the end
+    (3, 9, 64, -4, 4),  # prompts at the end
     (1, 1, 1, 0, 1),
     (2, 5, 7, 0, 5),  # P = N, odd D
     (2, 6, 33, 5, 1),  # the last token
     *((2, 4, dim, 1, 2) for dim in (1, 2, 3, 4, 8, 15, 16, 31, 32, 100)),
-    (3, 60, 96, 1, 50),  # more than one task of rows
+    (3, 60, 96, 1, 50),  # the CPU kernel splits the rows into several tasks
     (2, 200, 24, 1, 3),  # a short slice of a long sequence
 )
 EMPTY_SIZES = (
@@ -71,7 +71,7 @@ EMPTY_SIZES = (
 
 
 class Guarded:
-    """A tensor of up to three dimensions in a buffer of NaN, which must stay NaN around it."""
+    """A tensor of up to three dimensions in a buffer of NaN; the NaN around it must survive."""
 
     def __init__(self, values, layout, offset=0):
         shape = values.shape
@@ -92,7 +92,7 @@ class Guarded:
 
 
 def same_bits(a, b):
-    """Equal dtypes, shapes and bits: NaN is NaN, and -0 is not 0."""
+    """True if dtypes, shapes and bits are equal: NaN equals NaN, and -0 differs from 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.is_floating_point():
@@ -102,12 +102,12 @@ def same_bits(a, b):
 
 
 class _Into(torch.autograd.Function):
-    """Identity whose output lies in a given tensor: a non-leaf of any layout."""
+    """Identity that writes its output into a given tensor, to make a non-leaf of any layout."""
 
     @staticmethod
     def forward(ctx, values, target):
         target.copy_(values)
-        storage = target.untyped_storage()  # not a view for autograd
+        storage = target.untyped_storage()  # shared memory, but not a view for autograd
         return target.new_empty(0).set_(
             storage, target.storage_offset(), target.shape, target.stride()
         )
@@ -119,7 +119,7 @@ class _Into(torch.autograd.Function):
 
 @dataclass
 class Case:
-    """One call; sizes are [B, N, D] with P rows from start."""
+    """One call of the op on [B, N, D], with P = length prompt rows from start."""
 
     batch: int = 2
     num_tokens: int = 7
@@ -130,7 +130,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     in_dtype: torch.dtype | None = None  # dtype if None
     gate_dtype: torch.dtype | None = None  # float32 (float64 for float64) if None
-    logit: float = -0.7  # of the scalar gate; the others vary around it
+    logit: float = -0.7  # of a scalar gate; other gates vary around it
     layout: str = "contiguous"
     in_layout: str = "contiguous"
     grad_layout: str = "contiguous"
@@ -140,7 +140,7 @@ class Case:
     gate: str = "scalar"
     bias: bool = True  # of a linear gate
     gate_layout: str = "contiguous"
-    offset: int = 0  # elements by which every tensor is shifted
+    offset: int = 0  # elements by which every tensor is shifted in its buffer
     values: str = "normal"
     needs: tuple = (True, True, True, True)  # requires_grad of h, x, logit or weight, bias
     autocast: bool = False
@@ -160,17 +160,18 @@ class Case:
 
     @property
     def names(self):
-        """Of what `inputs` returns."""
+        """The names of what `inputs` returns."""
         gate = ("weight", "bias") if self.is_linear else ("gate_logit",)
         return ("block_out", "block_in", *gate, "grad_out")
 
     @property
     def coarsest(self):
-        """The activation dtype with the largest epsilon: what results can be exact to."""
+        """The activation dtype with the largest epsilon, which limits the precision of results."""
         return max(self.dtype, self.in_dtype or self.dtype, key=lambda t: torch.finfo(t).eps)
 
     def inputs(self):
-        """h, x, gate_logit, grad_out; or h, x, weight, bias (or None), grad_out."""
+        """Returns h, x, gate_logit, grad_out; for a linear gate h, x, weight, bias (or None),
+        grad_out."""
         size = (self.batch, self.num_tokens, self.dim)
         row_size = (self.batch, self.length, self.dim)
         in_size = {"sequence": size, "shared": row_size[1:]}.get(self.in_form, row_size)
@@ -190,16 +191,17 @@ class Case:
             "zeros": ((0.0, -0.0), (0.0,), (0.0,)),
             "denormal": ((tiny / 3, -tiny / 7), (tiny / 3,), (-tiny / 3,)),
             "saturated": ((), (-1e4, 88.0, -88.0, 1e4), ()),
-            # eager takes inf in grad_out times h, and times x, apart: NaN where the sum is inf
+            # no inf in grad_out: eager multiplies it by h and by x separately, which gives NaN
+            # where the op's result is inf
             "nonfinite": ((inf, nan, -inf), (nan, inf, -inf), (nan,)),
         }.get(self.values, ((), (), ()))
         of_input = of_activations[::-1]
-        if 0 in row_size:  # a sum over nothing is 0, where eager has 0 * NaN
+        if 0 in row_size:  # an empty sum is 0, where eager computes 0 * NaN
             of_input, of_gate = (), ()
         h = draw(size, self.dtype, scale, self.layout, of_activations)
         x = draw(in_size, in_dtype, scale, self.in_layout, of_input)
-        # What the gate's gradient adds up has one sign: a sum that cancels would leave nothing to
-        # compare, and pass or fail by eager's luck.
+        # All terms of the gate's gradient get the same sign. If their sum cancelled, only rounding
+        # errors would be compared, and eager's luck would decide.
         signs = h.double().clone()
         if self.rule == "mix":
             signs[:, self.rows] -= x[:, self.rows] if self.in_form == "sequence" else x
@@ -217,7 +219,7 @@ class Case:
         return tuple(None if t is None else t.to(self.device) for t in (h, x, *gate, grad))
 
     def _placed(self, values, dtype, layout, specials):
-        """Values with every fifth replaced by a special one; the first element stays normal."""
+        """Replaces every fifth value by a special one; the first element stays normal."""
         places = values.view(-1)[3::5]
         if specials:
             places.copy_(torch.tensor(specials).double().repeat(len(places))[: len(places)])
@@ -230,7 +232,7 @@ class Case:
 @dataclass
 class Outcome:
     out: torch.Tensor
-    grads: list  # of h, x, and logit or weight, bias; None where not wanted
+    grads: list  # of h, x, and logit (or weight, bias); None if not requested
 
     @property
     def tensors(self):
@@ -238,7 +240,7 @@ class Outcome:
 
 
 def run_op(case):
-    """The op and its gradients; asserts that nothing but the result was written."""
+    """Runs the op and its backward; asserts that only the result was written."""
     values = dict(zip(case.names, case.inputs(), strict=True))
     layouts = {"block_out": case.layout, "block_in": case.in_layout, "grad_out": case.grad_layout}
     held = {
@@ -258,7 +260,7 @@ def run_op(case):
     with mode:
         outputs = _call(case, leaves, held["block_out"].tensor)
     incoming = [held["grad_out"].tensor]
-    if len(outputs) == 2:  # half of it comes by the carrier; what halving rounds off stays here
+    if len(outputs) == 2:  # half comes through the carrier, the rest directly
         incoming = [incoming[0].clone(), incoming[0][:, case.rows] / 2]
         incoming[0][:, case.rows] -= incoming[1]
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -274,7 +276,7 @@ def run_op(case):
 
 
 def _call(case, leaves, target):
-    """(block_out after the op,), or with the carrier of the next gate; in place: in `target`."""
+    """Returns (block_out,) or (block_out, carrier) after the op; in place, in `target`."""
     gate = [leaves.get(name) for name in case.names[2:-1]]
     where = (case.start, case.length, case.rule)
     if not case.inplace:
@@ -293,23 +295,23 @@ def _call(case, leaves, target):
 
 
 def _as_computed(case, tensor):
-    """float64 beside a narrower block_out is narrowed: there the op computes in float32."""
+    """Narrows float64 to float32 if block_out is narrower: the op then computes in float32."""
     is_narrowed = tensor is not None and tensor.dtype == torch.float64 != case.dtype
     return tensor.float() if is_narrowed else tensor
 
 
 def _exact_inputs(case):
-    """`case.inputs()`, the values that the op computes with, in float64."""
+    """`case.inputs()` in float64, with the values that the op computes with."""
     inputs = (_as_computed(case, t) for t in case.inputs())
     return [None if t is None else t.double() for t in inputs]
 
 
 def run_reference(case, exact=True):
-    """The same by `gated_prompt.reference`: in float64, or in the dtypes of the case."""
+    """Runs `gated_prompt.reference` on the case, in float64 or (not exact) in the case's dtypes."""
     *inputs, grad = _exact_inputs(case) if exact else case.inputs()
     inputs = [None if t is None else t.requires_grad_() for t in inputs]
     arguments = list(inputs) if exact else [_as_computed(case, t) for t in inputs]
-    if case.gate == "linear" and arguments[3] is not None:  # part of the GEMM
+    if case.gate == "linear" and arguments[3] is not None:  # added by the GEMM
         arguments[3] = arguments[3].to(inputs[0].dtype)
     out = getattr(reference, case.op_name)(*arguments, case.start, case.length, case.rule)
     wanted = [t for t in inputs if t is not None]
@@ -318,27 +320,32 @@ def run_reference(case, exact=True):
 
 
 def magnitudes(case):
-    """Sum of |terms| of the output and of each gradient, float64: the scale of the tolerance; and
-    that of the logit, carried on to the output."""
+    """Returns the scales of the tolerance, in float64.
+
+    Returns:
+        out: Sum of |terms| for each element of the output.
+        carried: Sum of |terms| of the logit, times the derivative of the output by the logit.
+        gradients: Sum of |terms| for each gradient.
+    """
     h, x, *gate, grad = _exact_inputs(case)
     x_rows = x[:, case.rows] if case.in_form == "sequence" else x
     h_rows, grad_rows = h[:, case.rows], grad[:, case.rows].abs()
     dtypes = (case.dtype, case.in_dtype, case.gate_dtype)
-    # below the smallest normal number rounding is absolute
+    # below the smallest normal number, the rounding error is absolute
     tiny = max(torch.finfo(t).smallest_normal for t in dtypes if t is not None)
-    logit, terms, off = gate[0], 0.0, 0.0  # off: what the logit's rounding adds to g, in epsilons
-    if case.is_linear:  # off by some epsilons of its own terms
+    logit, terms, off = gate[0], 0.0, 0.0  # off: error of g due to the logit's, in epsilons
+    if case.is_linear:  # the logit is off by some epsilons of its own terms
         weight, bias = gate[0], 0.0 if gate[1] is None else gate[1]
         logit = h_rows @ weight.T + bias
         terms = h_rows.abs() @ weight.abs().T + torch.as_tensor(bias).abs()
         computed = torch.promote_types(case.dtype, torch.float32)
-        computed = case.dtype if case.gate == "linear" else computed  # a GEMM's dtype
+        computed = case.dtype if case.gate == "linear" else computed  # the GEMM's dtype
         eps = torch.finfo(computed).eps
         flattest = (logit.abs() - 2 * eps * terms).clamp(min=0).sigmoid()
         off = flattest * (1 - flattest) * terms * (eps / torch.finfo(case.coarsest).eps)
-        off = off.nan_to_num(nan=0.0)  # a logit of inf is not off
-    # The reference takes 1 - g, and h - x, as differences: exact to an epsilon of what goes in. The
-    # rule for float64, 1e-12 of the terms, leaves no room for that, so here it is a term.
+        off = off.nan_to_num(nan=0.0)  # an infinite logit has no rounding error
+    # The reference computes 1 - g and h - x as differences, which are exact to an epsilon of their
+    # operands. The float64 rule (1e-12 of the terms) has no room for this error, so it is a term.
     blur = 2**-52 / (1e-12 if case.coarsest == torch.float64 else 1)
     g = logit.sigmoid()
     slope = g * (1 - g) + blur + off
@@ -367,7 +374,7 @@ def magnitudes(case):
 
 
 def check_against_reference(case):
-    """Output and every gradient by the rule; untouched rows and dtypes exactly."""
+    """Checks the output and gradients by the tolerance rule, untouched rows and dtypes exactly."""
     got, exact, eager = run_op(case), run_reference(case), run_reference(case, exact=False)
     out_terms, carried, grad_terms = magnitudes(case)
     within_rule("out", got.out, exact.out, eager.out, out_terms, backward=False, carried=carried)
@@ -392,7 +399,7 @@ def check_against_reference(case):
 
 
 def within_rule(name, got, exact, eager, terms, **how):
-    """conftest's rule where the reference is finite; elsewhere the same NaN or infinity."""
+    """Applies the rule where the reference is finite; elsewhere NaN and infinity must be equal."""
     finite = exact.isfinite()
     if not finite.all():
         strange = torch.where(finite, torch.zeros_like(exact), got.double())
@@ -430,13 +437,13 @@ DIMENSIONS = {
 
 
 def pairs_of(choice):
-    """Pairs of (dimension, index of the value) that a choice of one value for each covers."""
+    """The pairs of (dimension, index of its value) that a choice covers."""
     return set(itertools.combinations(sorted(choice.items()), 2))
 
 
 def all_pairs(number=400, seed=0, candidates=20):
-    """At least so many choices {dimension: index}, with every pair of values: greedy, the same each
-    time."""
+    """Returns at least `number` choices {dimension: index of its value} that together cover every
+    pair of values. The search is greedy and deterministic."""
     rng = random.Random(seed)
     counts = {name: len(values) for name, values in DIMENSIONS.items()}
     missing = {
@@ -446,7 +453,7 @@ def all_pairs(number=400, seed=0, candidates=20):
     }
     choices = []
     while missing or len(choices) < number:
-        seeded = dict(min(missing, default=()))  # this pair, the rest at random; the best of some
+        seeded = dict(min(missing, default=()))  # keep this pair, draw the rest, take the best
         drawn = [
             {name: seeded.get(name, rng.randrange(count)) for name, count in counts.items()}
             for _ in range(candidates)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tolerance rule of the whole suite, and the devices that tests run on."""
+"""The tolerance rule of the test suite, and the devices that the tests run on."""
 
 import os
 
@@ -8,14 +8,17 @@ import torch
 
 from gated_prompt import ops
 
-# cuBLAS has the same bits each time; it is asked for once a process, at the first product
+# Makes cuBLAS deterministic. cuBLAS reads the variable once per process, at the first GEMM.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CUDA_SKIP_REASON = "no CUDA GPU" if not torch.cuda.is_available() else ops.cuda_unavailable_reason
 
 
 def timm_or_skip():
-    """timm, or a skip of the module: torchvision does not import beside a CPU-only torch."""
+    """Returns timm, or skips the test module.
+
+    timm imports torchvision, which may not import next to a CPU-only torch.
+    """
     try:
         import timm
     except Exception as error:
@@ -33,7 +36,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _full_precision():
-    """Products of float32 and sums of 16-bit ones are not shortened: results are compared."""
+    """Disables TF32 and reduced-precision sums of 16-bit GEMMs, so that results are comparable."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -46,7 +49,7 @@ def device(request):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Small batches are many times slower on two threads of a busy machine."""
+    """Runs on one thread: small batches are many times slower on two threads of a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,24 +64,25 @@ def _seed():
 def assert_within_rule(
     name, got, reference, eager, terms, *, backward, reduced=False, carried=0.0, dtype=None
 ):
-    """Asserts that `got` is as near to the float64 `reference` as its dtype and the eager form
+    """Asserts that `got` is as close to the float64 `reference` as its dtype and the eager form
     allow.
 
-    Both must hold, with K, C = 2, 8 (forward) or 3, 32 (backward), as flash-attention bounds its
-    error by that of same-dtype PyTorch:
+    Like flash-attention, the rule compares the error with the error of PyTorch in the same dtype.
+    Both bounds must be met, with K, C = 2, 8 (forward) or 3, 32 (backward):
         ratio: max|got - ref| <= K * max|eager - ref| + 2 * eps * max|ref| + acc
         cap:   |got - ref| <= max(C * eps * terms, 2 * |eager - ref|) + acc, elementwise
-    acc is 0; but where `reduced` it is 8 float32 epsilons of `terms`, and the ratio has `terms` in
-    place of |ref|: where a sum cancels, eager is exact by luck only. The ratio has 8 float32
-    epsilons of max(carried), too; `terms` has them for the cap. float64 has no wider oracle:
-    relative 1e-12 (forward) or 1e-11 (backward) of `terms`.
+    acc is 0. If `reduced`, acc is 8 float32 epsilons of `terms`, and the ratio uses `terms` in
+    place of |ref|, because the eager form of a sum that cancels is exact only by luck. The ratio
+    also allows 8 float32 epsilons of max(carried); for the cap, `terms` must include them. float64
+    has no reference of higher precision: the error must be at most 1e-12 (forward) or 1e-11
+    (backward) of `terms`.
 
     Args:
         reference, eager: The same value in float64, and by eager ops in the dtype under test.
-        terms: Sum of the absolute values that are added up to make each element, float64.
-        carried: The same of a sum on the way to each element, times the element's derivative by it:
-            eager may add up in another order.
-        dtype: The coarsest dtype of the inputs, where it is coarser than that of `got`.
+        terms: For each element, the sum of the absolute values that are added up, float64.
+        carried: The same for an intermediate sum, times the element's derivative by that sum:
+            eager may add it up in another order.
+        dtype: The coarsest dtype of the inputs, if it is coarser than the dtype of `got`.
     """
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype}, eager has {eager.dtype}"
     assert got.shape == reference.shape, f"{name}: {got.shape}, reference has {reference.shape}"
@@ -99,9 +103,9 @@ def assert_within_rule(
     scale = terms if reduced else reference.abs()
     ratio = k * eager_error.max() + 2 * eps * scale.max() + accumulated.max()
     ratio += of_sums * torch.as_tensor(carried).max()
-    assert error.max() <= ratio, f"{name}: error {error.max():.3g} beyond ratio bound {ratio:.3g}"
+    assert error.max() <= ratio, f"{name}: error {error.max():.3g} above ratio bound {ratio:.3g}"
     cap = torch.maximum(c * eps * terms, 2 * eager_error) + accumulated
     worst = (error - cap).argmax()
     assert (error <= cap).all(), (
-        f"{name}: error {error.flatten()[worst]:.3g} beyond cap {cap.flatten()[worst]:.3g}"
+        f"{name}: error {error.flatten()[worst]:.3g} above cap {cap.flatten()[worst]:.3g}"
     )

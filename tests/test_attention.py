@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with a temperature: the function, and timm's modules with a temperature in them."""
+"""Attention with a temperature: the function, and timm's attention modules."""
 
 import copy
 import importlib.util
@@ -34,7 +34,7 @@ def leaf(*size, dtype=torch.float64):
 
 @pytest.fixture
 def scaled_dots(monkeypatch):
-    """The calls of the kernel, and what it was given."""
+    """Records the arguments of each call of the kernel."""
     calls, kernel = [], attention.scaled_dot
     monkeypatch.setattr(attention, "scaled_dot", lambda *args: calls.append(args) or kernel(*args))
     return calls
@@ -219,7 +219,7 @@ MODULES = {
 
 
 class TemperedAttention(nn.Module):
-    """As a wrapped block runs its attention: by the short cut, or `plain`, as it is."""
+    """Runs attention as a wrapped block does: by the shortcut, or by timm's forward (`plain`)."""
 
     def __init__(self, attn, temperature, learnable, backend):
         super().__init__()
@@ -249,14 +249,14 @@ def make_module(name):
     rope = None
     if not isinstance(attn, Attention):
         angle = torch.randn(N - attn.num_prefix_tokens, attn.head_dim // 2, dtype=torch.float64)
-        # in turn for each pair of channels, or for the first and the second half of them
+        # a pair of channels has one angle: channels i and i + d/2 (rotate_half), else neighbours
         wide = angle.repeat(1, 2) if attn.rotate_half else angle.repeat_interleave(2, 1)
         rope = torch.cat([wide.sin(), wide.cos()], dim=1)
     return attn, {} if rope is None else {"rope": rope}
 
 
 def timms_own(attn, x, options, tau):
-    """By timm's explicit attention, whose scale is d^-0.5 / tau."""
+    """Runs timm's attention, not fused, with the scale d^-0.5 / tau."""
     attn = copy.deepcopy(attn)
     while isinstance(attn.q_norm, Tempering):
         attn.q_norm.leave()
@@ -319,7 +319,7 @@ def test_folded_projection_has_first_and_second_derivatives():
         single = torch.autograd.grad(function(x, tau), (x, tau), [t[i] for t in many])
         for a, b in zip(batched, single, strict=True):
             torch.testing.assert_close(a[i], b)
-    q, _, _ = function(x, tau)  # of which k and v are not used
+    q, _, _ = function(x, tau)  # k and v are not used
     torch.testing.assert_close(
         torch.autograd.grad(q.sum(), x)[0],
         torch.autograd.grad(F.linear(x, weight[:4], bias[:4]).sum() / tau, x)[0],
@@ -333,7 +333,7 @@ def test_autocast_computes_as_a_cast_module_does(weights):
     module = TemperedAttention(attn, 0.6, True, "sdpa")
     x = leaf(B, N, DIM, dtype=torch.float32)
     exact = copy.deepcopy(attn).double()
-    with torch.no_grad():  # along which the temperature changes the result
+    with torch.no_grad():  # grad: the direction in which the temperature changes the result
         ends = [timms_own(exact, x.double(), {}, tau) for tau in (0.5, 0.7)]
         grad = (ends[0] - ends[1]).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -347,10 +347,10 @@ def test_autocast_computes_as_a_cast_module_does(weights):
     want = torch.autograd.grad(wanted, [x64, tau, q], grad.bfloat16().double())
     for a, b in ((out, wanted), (got[0], want[0])):
         assert (a.double() - b).norm() < 0.02 * b.norm()
-    # a sum that cancels: held against its terms
+    # the sum cancels: compare the error with its terms
     eps, terms = torch.finfo(torch.bfloat16).eps, (q * want[2]).abs().sum() / 0.6
     assert (got[1] - want[1]).abs() < eps * terms
-    assert want[1].abs() > 3 * eps * terms, "a wrong factor would pass"
+    assert want[1].abs() > 3 * eps * terms, "too small: a wrong factor would pass"
     assert got[0].dtype == got[1].dtype == torch.float32
 
 
@@ -360,14 +360,14 @@ def test_gradients_of_q_k_and_v_are_not_stacked(device):
     for make in (lambda: attn, lambda: TemperedAttention(attn, 0.6, True, "sdpa")):
         module = make().float().to(device)
         x = torch.randn(B, N, DIM, device=device, requires_grad=True)
-        loss = module(x).square().sum()  # of a sum, proj clones the gradient
+        loss = module(x).square().sum()  # without square(), proj would clone the expanded gradient
         with torch.profiler.profile() as profile:
             loss.backward()
         names[type(module)] = [event.name for event in profile.events()]
-    assert "aten::stack" in names[Attention], "timm's own stacks: what is tested has changed"
+    assert "aten::stack" in names[Attention], "timm no longer stacks, so the test shows nothing"
     assert not {"aten::stack", "aten::cat"} & set(names[TemperedAttention])
-    # torch's kernel for the CPU gives them as [B, H, N, d], which no GEMM takes; the one for CUDA
-    # copies a sum [B, H, N] in float32
+    # torch's CPU kernel returns the three gradients as [B, H, N, d], which a GEMM must copy first;
+    # its CUDA kernel copies a sum [B, H, N] in float32
     assert names[TemperedAttention].count("aten::clone") <= (3 if device.type == "cpu" else 1)
 
 
@@ -402,7 +402,7 @@ def test_float64_is_not_narrowed_by_autocast():
 
 
 class Lora(nn.Module):
-    """As others put on a linear layer, after wrap or before."""
+    """An adapter as users put it on a linear layer, before or after wrap."""
 
     def __init__(self, linear):
         super().__init__()
@@ -509,7 +509,7 @@ def test_auto_says_once_what_it_took_and_why(caplog):
 
 @pytest.mark.parametrize("raised", [KeyError(torch.float64), NotImplementedError("no such head")])
 def test_whatever_xformers_raises_is_a_reason(monkeypatch, raised):
-    """0.0.35 on CUDA lets a KeyError out for float64."""
+    """xformers 0.0.35 on CUDA raises a KeyError for float64."""
 
     def refuse(q, k, v):
         raise raised
@@ -519,7 +519,7 @@ def test_whatever_xformers_raises_is_a_reason(monkeypatch, raised):
     monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
     monkeypatch.setattr(attention, "unavailable_reason", lambda backend: None)
     monkeypatch.setattr(attention, "is_traced", lambda *tensors: False)
-    for name in ("_why_not_xformers", "_xformers_failure"):  # not what is kept of the real one
+    for name in ("_why_not_xformers", "_xformers_failure"):  # without cached results
         monkeypatch.setattr(attention, name, getattr(attention, name).__wrapped__)
     says = re.escape(f"{type(raised).__name__}: {raised}")
     with FakeTensorMode():
@@ -539,7 +539,7 @@ def test_an_xformers_that_imports_but_does_not_run_is_unavailable(monkeypatch):
 def skip_unless_it_runs(backend):
     if backend == "xformers":
         reason = attention._why_not_xformers(torch.bfloat16, 64, torch.device("cuda:0"), True)
-        if reason is not None:  # whether that is true: test_auto_takes_xformers_where_it_runs
+        if reason is not None:  # checked by test_auto_takes_xformers_where_it_runs_and_else_sdpa
             pytest.skip(reason)
 
 
@@ -557,7 +557,7 @@ def test_attention_backends_on_cuda(backend):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=5e-2, atol=5e-2)
 
 
-KERNELS = {  # backend: what its forward is called by, of which one must be seen, and never others'
+KERNELS = {  # backend: names of its forward in a profile, at least one of which must appear
     "xformers": ("flash_fwd", "fmha_cutlass", "efficient_attention_forward"),
     "sdpa": (
         "_flash_attention_forward",
@@ -585,7 +585,7 @@ def test_backend_that_was_asked_for_is_the_kernel_that_ran(backend, learned):
     for other in others:
         assert not any(name in names for name in KERNELS[other]), names
     wanted, exact = TemperedAttention(attn, 0.7, learned, "math"), copy.deepcopy(attn).float()
-    with torch.no_grad():  # along which the temperature changes the result, so that nothing cancels
+    with torch.no_grad():  # grad: how the temperature changes the result, so that nothing cancels
         ends = [TemperedAttention(exact, tau, False, "math")(x.float()) for tau in (0.6, 0.8)]
         grad = (ends[0] - ends[1]).bfloat16()
     results = [
@@ -607,7 +607,7 @@ def test_auto_takes_xformers_where_it_runs_and_else_sdpa():
     assert "xformers" in attention._why_not_xformers(torch.float64, 64, q.device, True)
     with pytest.raises(RuntimeError, match="backend='xformers' can't run"):
         gp.tempered_attention(q, k, v, 0.7, "xformers")
-    try:  # its own word
+    try:  # ask xformers itself
         from xformers.ops import memory_efficient_attention
 
         memory_efficient_attention(*(t.bfloat16().requires_grad_() for t in (q, k, v)))

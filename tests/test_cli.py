@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gated-prompt info` and the build's own account of itself."""
+"""Tests of `gated-prompt info` and of what the build reports about itself."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo at a size of seconds: that it writes what it says and repeats, not how good it is."""
+"""Tests a tiny demo of a few seconds: its files and its reproducibility, not its accuracy."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ import torch
 from conftest import timm_or_skip
 
 timm_or_skip()
-pytest.importorskip("sklearn", reason="the demo needs scikit-learn: the extra tune")
-pytest.importorskip("matplotlib", reason="the demo needs matplotlib: the extra tune")
-pytest.importorskip("rich", reason="the demo needs rich: the extra tune")
+pytest.importorskip("sklearn", reason="the demo needs scikit-learn (pip extra: tune)")
+pytest.importorskip("matplotlib", reason="the demo needs matplotlib (pip extra: tune)")
+pytest.importorskip("rich", reason="the demo needs rich (pip extra: tune)")
 
 from matplotlib import image
 
@@ -32,14 +32,14 @@ TINY = DemoConfig(
 
 
 def without_times(results):
-    """The results less the seconds and the folder, which may differ between two runs."""
+    """Removes times and the output folder, which may differ between two runs."""
     if isinstance(results, dict):
         return {k: without_times(v) for k, v in results.items() if k not in ("seconds", "output")}
     return [without_times(v) for v in results] if isinstance(results, list) else results
 
 
 def digits_shown(scenes):
-    """The picture in each cell of each scene with its pale background gone, as bytes."""
+    """Returns the digit pictures in the cells of the scenes, without the background, as bytes."""
     pixels = ((scenes[:, 0] + 1) / 2).numpy().reshape(len(scenes), 2, DIGIT, 2, DIGIT)
     cells = pixels.swapaxes(2, 3).reshape(-1, DIGIT, DIGIT)
     return {np.round(np.where(cell > CONTRAST, cell, 0) * 16).tobytes() for cell in cells}
@@ -88,7 +88,7 @@ def test_pictures_are_written(tiny_run):
 
 
 def test_second_run_gives_the_same_numbers(tiny_run, tmp_path, monkeypatch):
-    torch.manual_seed(123)  # the caller's random state must not matter, and must be left alone
+    torch.manual_seed(123)  # the caller's random state must have no effect and must not change
     state, threads, threads_set = torch.get_rng_state(), torch.get_num_threads(), []
     set_num_threads = torch.set_num_threads
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ def test_test_scenes_share_no_digit_picture_with_the_others():
     test = digits_shown(test_set.tensors[0]) - blank
     seen = (digits_shown(unlabelled) | digits_shown(train_set.tensors[0])) - blank
     assert 200 < len(test) <= 300
-    assert len(seen) == 1200  # every picture kept for training is found, so the law can fail
+    assert len(seen) == 1200  # all training pictures are found, so the next check can fail
     assert not test & seen
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the raw op divide_rows: the bits of aten, layouts, clamping, bad inputs."""
+"""Tests of the raw op divide_rows: bit equality with aten, layouts, clamping, bad inputs."""
 
 import itertools
 
@@ -15,8 +15,8 @@ SHAPES = [(6, 5), (1, 1), (24, 16), (192, 64), (2304, 768), (7, 1000)]
 
 
 def wanted(weight, bias, temperature, rows, dtype):
-    """In aten and in float32 at least, so that each element is rounded once: on CUDA aten casts a
-    scalar temperature to bfloat16 before it divides by it."""
+    """The expected results by aten, in float32 or wider, so that each element is rounded once. On
+    CUDA, aten casts a scalar temperature to bfloat16 before it divides."""
     tau = temperature.clamp(0.01, 10.0)
     results = []
     for tensor in (weight, bias):
@@ -52,7 +52,7 @@ def check(weight, bias, temperature, rows, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_bits_are_not_those_of_aten_on_cuda(dtype):
-    """Restated on the CPU, whose aten keeps a scalar temperature in float32."""
+    """Reproduces both divisions on the CPU, where aten keeps a scalar temperature in float32."""
     weight, bias = make((24, 16), dtype)
     tau = torch.tensor([0.73])
     exact = wanted(weight, bias, tau, 24, dtype)[0]
@@ -92,7 +92,7 @@ def test_nan_stays_where_it_belongs(device):
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_any_offset(device, dtypes):
-    """Slices of larger tensors, whatever their alignment: as of a packed weight."""
+    """Slices of larger tensors at any alignment, like the parts of a packed weight."""
     memory, biases = make((200, 24), dtypes[0], device)
     temperature = torch.tensor([9.0, 1.7, 9.0], device=device)[1:2]
     for offset in range(9):

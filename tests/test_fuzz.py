@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random cases of the op against float64, and planted faults that they must find.
+"""Compares random cases of the op with float64, and checks that they find planted faults.
 
-FUZZ_CASES=20000 asks for so many, of a random seed; else they are the same each time.
+FUZZ_CASES=20000 runs that many cases with a random seed. Without it, the cases are always the same.
 """
 
 import functools
@@ -22,7 +22,7 @@ from cases import (
     same_bits,
 )
 
-pytest.importorskip("hypothesis")  # else no test would run where it is not
+pytest.importorskip("hypothesis")  # an ImportError would stop the whole test run
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -79,7 +79,7 @@ def cases(draw):
     )
 
 
-PARTS = 4  # each within the time that a test has on a GPU
+PARTS = 4  # so that each stays within the time limit of a test on a GPU
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -90,12 +90,12 @@ def test_random_cases_equal_the_reference(device, part):
         case.device = device
         check_against_reference(case)
 
-    # parts differ; random ones do anyway
+    # each part gets its own seed; random cases differ anyway
     (check if "FUZZ_CASES" in os.environ else seed(part)(check))()
 
 
 def nests(shape, strides):
-    """Whether each stride is longer than what the shorter ones reach: no element lies twice."""
+    """True if each stride exceeds the reach of the shorter ones: no two elements overlap."""
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=False)):
         if size > 1 and stride <= reach:
@@ -115,7 +115,7 @@ def nests(shape, strides):
 def test_sequences_in_one_buffer_give_what_copies_give_or_an_error(
     shape, strides, places, same_strides, gate
 ):
-    """However they overlap: never a result that depends on the order of the writes."""
+    """However the sequences overlap, no result depends on the order of the writes."""
     case = Case(shape[0], shape[1], shape[2], 0, shape[1], gate=gate)
     _, _, *gates, _ = case.inputs()
     op = gp.prompt_gate_linear_ if case.is_linear else gp.prompt_gate_
@@ -138,9 +138,9 @@ def test_sequences_in_one_buffer_give_what_copies_give_or_an_error(
         refusal = str(error)
     if refusal is not None:
         assert "overlap" in refusal
-        assert same_bits(buffer, before), "refused, but written"
+        assert same_bits(buffer, before), "raised, but the buffer was written"
         apart = max(written) < min(read) or max(read) < min(written)
-        assert repeats or not apart or not nests(shape, strides[0]), "refused for no reason"
+        assert repeats or not apart or not nests(shape, strides[0]), "raised without an overlap"
         return
     assert not repeats
     assert not conflicts
@@ -150,7 +150,7 @@ def test_sequences_in_one_buffer_give_what_copies_give_or_an_error(
     assert same_bits(buffer[untouched], before[untouched])
 
 
-# ---- the fuzzer finds what it is there to find ----
+# ---- the fuzzer finds planted faults ----
 
 RAW = torch.ops.gated_prompt
 FWD, TOKEN_FWD, BWD = RAW.prompt_gate_fwd_, RAW.prompt_gate_linear_token_fwd_, RAW.prompt_gate_bwd_
@@ -288,7 +288,7 @@ FAULTS = {
 def test_fuzzer_finds_a_planted_fault(name, fault, monkeypatch):
     monkeypatch.setattr(autograd, name, fault)
 
-    # as found, without making it smaller
+    # without shrinking the failing case
     @fuzz(max_examples=CASES, phases=[Phase.generate])
     @given(cases())
     def find(case):

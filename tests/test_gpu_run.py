@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run in parts ends, and what it leaves: conftest.py and benchmarks/gpu.py."""
+"""Runs in parts (conftest.py, benchmarks/gpu.py): how each part ends, which results are kept."""
 
 import importlib.util
 import json
@@ -27,8 +27,8 @@ HAS_WORKERS = importlib.util.find_spec("xdist") is not None
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """A folder that pytest runs in as in this one: conftest.py and benchmarks."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the package may be built in place alone
+    """A temporary folder with copies of conftest.py and benchmarks, for pytest to run in."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the package may be built in place only
     shutil.copy(ROOT / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = test_*.py bench_*.py\n")
     (tmp_path / "benchmarks").mkdir()
@@ -48,7 +48,7 @@ def lines_of(path):
 
 
 def outcomes(path):
-    """{name of a test: outcome}"""
+    """Returns {test name: outcome}."""
     return {row["id"].partition("::")[2]: row["outcome"] for row in lines_of(path) if "id" in row}
 
 
@@ -110,9 +110,7 @@ def test_the_rest_is_what_has_not_passed(workers, copied):
     assert sum(row.get("reason") == gpu.OUT_OF_TIME for row in lines_of(rows)) == 6
     run_pytest(copied, *arguments)
     assert sum(row.get("outcome") == "passed" for row in lines_of(rows)) == 1
-    if workers:  # these choose together what is left out
-        assert len(lines_of(rows)) == 2 * 7
-        return
+    assert len(lines_of(rows)) == 2 * 7
     for commit, is_again in (("c", False), ("another", True)):
         before = len(lines_of(rows))
         run_pytest(copied, *arguments, GATED_PROMPT_COMMIT=commit)
@@ -153,7 +151,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_part_that_hangs_or_is_killed_keeps_its_rows(fault, copied, monkeypatch):
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
-        monkeypatch.delenv(name, raising=False)  # of the run that this test is in
+        monkeypatch.delenv(name, raising=False)  # set if xdist runs this test
     monkeypatch.setattr(gpu, "ROOT", copied)
     monkeypatch.setattr(gpu, "GRACE", 6 if "limit" in fault else 0)
     monkeypatch.setattr(gpu, "UNTIL_KILLED", 1)
@@ -258,7 +256,7 @@ print(len(list(found["table"](Path("benchmarks/results")))))
 
 
 def test_the_package_need_not_be_installed():
-    """Of a build in place: the parts find it, and so does the table."""
+    """With a build in place only, the parts of a run and the table still import the package."""
     assert gpu.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     command = [sys.executable, "-c", WITHOUT_INSTALLATION.format(root=str(ROOT))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -317,7 +315,7 @@ def test_parts_name_files_that_are_there_and_fit_one_call(rehearse, tmp_path):
         assert all((ROOT / file).exists() for file in files), part
 
 
-# ---- what a run says of itself ----
+# ---- what a run records about itself ----
 
 
 @pytest.mark.parametrize("fault", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 60)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house: who may import whom, and what an import of the package brings along."""
+"""The layers of the package: which file may import which, and what importing the package loads."""
 
 import ast
 import graphlib
@@ -13,27 +13,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gated_prompt"
 
-# What each folder may import, beyond torch and the standard library: of the package, the folders
-# below it; of others, what its extra brings (pyproject.toml).
+# What each folder may import, in addition to torch, the standard library and its own files: folders
+# of this package, and the third-party packages that its pip extra installs (pyproject.toml).
 FOLDERS = {
     "": ((), ()),
     "vit": (("",), ("timm", "safetensors", "numpy", "xformers")),
     "job": (
         ("", "vit"),
-        ("timm", "numpy", "sklearn", "matplotlib", "rich", "tyro", "torchmetrics", "tensorboard"),
+        ("timm", "numpy", "sklearn", "matplotlib", "rich", "tyro"),
     ),
 }
 THIRD_PARTY = {name for _, brought in FOLDERS.values() for name in brought}
-THIRD_PARTY -= {"numpy"}  # which torch imports
-# Within functions, for those who have them.
+THIRD_PARTY -= {"numpy"}  # torch imports it
+# Optional packages, which a file imports only if it needs them.
 OPTIONAL = {"ops.py": {"nvtx"}, "temperature.py": {"xformers"}, "vit/prompt_init.py": {"sklearn"}}
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
-LAZY = ("__init__.py", "__main__.py")  # of the package: these lead to all of it
+LAZY = ("__init__.py", "__main__.py")  # the package's entry points, which lead to all of it
 MODULES = [name for name in FILES if name not in LAZY]
 
 
 def imports_of(name):
-    """Modules that a file imports anywhere in it, as dotted names."""
+    """Yields the dotted names of all modules that a file imports, also inside functions."""
     for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -47,7 +47,7 @@ def folder_of(name):
 
 
 def files_imported_by(name):
-    """Files of the package, a module by what it is called: vit.wrap is vit/wrap.py."""
+    """Returns the files of the package that a file imports; module vit.wrap is vit/wrap.py."""
     inside = (n.removeprefix("gated_prompt.") for n in imports_of(name) if "gated_prompt." in n)
     found = {f"{part.replace('.', '/')}.py" for part in inside}
     return found & set(FILES) - {name}

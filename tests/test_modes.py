@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op in whatever people run it in: compilers, transforms, autocast, CUDA graphs, streams."""
+"""The op under compilers, function transforms, autocast, CUDA graphs and streams."""
 
 import contextlib
 import copy
@@ -39,9 +39,9 @@ def function_of(gate, form, module=gp):
 
 
 def call(gate, form, rule, h, x, carrier, *of_gate, length=P, module=gp):
-    """The gate on what a block returns, a sum; with a carrier, also a use of the next carrier.
+    """Applies the gate to a sum, as a block returns one; form "carrier" also uses the new carrier.
 
-    The carrier is what block_in's prompt rows were made of, as in a chain of blocks.
+    As in a chain of blocks, block_in's prompt rows are then made from the carrier.
     """
     rows = slice(1, 1 + length)
     if form == "carrier":
@@ -55,12 +55,12 @@ def call(gate, form, rule, h, x, carrier, *of_gate, length=P, module=gp):
         carrier = out[:, rows]
     else:
         out, carrier = function(*arguments, carrier=carrier)
-    # a carrier has no values, only a gradient
+    # a carrier's values mean nothing: this adds zeros that send a gradient to it
     return out * 1 + torch.zeros_like(out).slice_scatter(_Gradient.apply(carrier), 1, 1, rows.stop)
 
 
 class _Gradient(torch.autograd.Function):
-    """Zeros with the gradient of x."""
+    """Returns zeros in the shape of x; x receives half of their gradient."""
 
     @staticmethod
     def forward(x):
@@ -76,7 +76,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def draw(gate, form="new", device="cpu", size=(B, N, D), length=P, dtype=torch.float64):
-    """h, x, carrier (None but for that form), and the gate's tensors."""
+    """Returns random h, x, carrier (None unless form is "carrier") and the gate's tensors."""
     batch, _, dim = size
     shapes = [size, size, (batch, length, dim), SHAPES[gate](batch, length, dim)]
     if gate in LINEAR_GATES:
@@ -92,7 +92,7 @@ def with_gradients(function, tensors):
     out = function(*leaves)
     grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     wanted = [t for t in leaves if t is not None]
-    # x has no gradient where a carrier takes it all
+    # x gets no gradient if a carrier takes all of it
     return [out.detach(), *torch.autograd.grad(out, wanted, grad, materialize_grads=True)]
 
 
@@ -172,7 +172,7 @@ def test_at_most_two_recompilations_for_twenty_sizes(gate, dynamic, varies):
 
 
 class Gated(nn.Module):
-    """Blocks with a gate after each: the module with carriers, or the in-place function."""
+    """Blocks, each followed by a gate: the module with carriers, or the in-place function."""
 
     def __init__(self, gate, rule="mix", blocks=None, inplace=False):
         super().__init__()
@@ -244,12 +244,12 @@ def test_reduce_overhead_equals_eager(gate):
         images = torch.randn(B, N - P, D, device="cuda")
         got = [t.clone() for t in step(model, compiled, images)]
         for a, b in zip(got, step(model, model, images), strict=True):
-            # sums that may cancel: held against the largest
+            # sums may cancel, so the bound is relative to the largest value
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * max(1.0, b.abs().max().item()))
 
 
 def test_carrier_takes_the_gradient_of_block_in_or_says_that_it_does_not():
-    """Also where block_in itself has none; what is traced must be given one that has."""
+    """Eager: also if block_in does not require grad. Traced: raises if it does not."""
     h, x, carrier, logit = (t.requires_grad_() for t in draw("scalar", "carrier"))
     out, _ = gp.prompt_gate_(h + 0, x.detach(), logit, 1, P, carrier=carrier)
     wanted = torch.autograd.grad(reference.prompt_gate(h, x, logit, 1, P).sum(), x)[0][:, 1 : 1 + P]
@@ -259,7 +259,7 @@ def test_carrier_takes_the_gradient_of_block_in_or_says_that_it_does_not():
         compiled(h + 0, x.detach(), logit, 1, P, carrier=carrier)
 
 
-# ---- what torch.compile gets wrong with mutation ----
+# ---- patterns of mutation that torch.compile gets wrong ----
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_carrier_takes_the_gradient_of_block_in_or_says_that_it_does_not():
     ],
 )
 def test_compiled_in_place_on_a_graph_input_keeps_its_gradients(device, rule, gate):
-    """Inductor recomputes a plain clone from the new values: the gate gradient was 60 % off."""
+    """Inductor repeats a plain clone in backward, after the write: the gradient was 60 % off."""
     h, x, _, *of_gate = draw(gate, device=device, dtype=torch.float32)
     results = []
     for module in (gp, reference):
@@ -288,7 +288,7 @@ def test_compiled_in_place_on_a_graph_input_keeps_its_gradients(device, rule, ga
 
 
 def test_compiled_in_place_keeps_block_in_for_backward(device):
-    """block_in is overwritten after the gate: its products must keep the values of before."""
+    """block_in is overwritten after the gate, but backward must multiply with its old values."""
 
     def function(h, x, logit):
         out = gp.prompt_gate_(h, x, logit, 1, P)
@@ -342,7 +342,7 @@ VIEWS = {"apart": (0, 10), "overlapping": (0, 2), "the same": (0, 0)}
     ],
 )
 def test_compiled_writes_to_two_views_of_one_base(write, views):
-    """Pure aten (slice assignment) and the op alike."""
+    """Plain aten (slice assignment) and the op behave the same."""
     torch._dynamo.reset()
 
     def function(a, b, x, logit):
@@ -428,7 +428,7 @@ def test_grad_jvp_vjp_and_vmap_of_functorch(device, gate, form):
     assert_all_close(torch.func.grad(total, argnums=argnums)(*given), wanted)
     out, pull = torch.func.vjp(function, *given)
     assert_all_close(pull(2 * out), wanted)
-    if form != "carrier":  # _Gradient above has no tangent
+    if form != "carrier":  # _Gradient defines no jvp
         tangents = [torch.randn_like(t) for t in given]
         expected = sum((w * t).sum() for w, t in zip(wanted, tangents, strict=True))
         _, slope = torch.func.jvp(total, tuple(given), tuple(tangents))
@@ -439,7 +439,7 @@ def test_grad_jvp_vjp_and_vmap_of_functorch(device, gate, form):
         many = [torch.stack([t, -t, 2 * t]) for t in given]
         for index, one in enumerate(torch.vmap(function)(*many)):
             torch.testing.assert_close(one, function(*(t[index] for t in many)))
-        if form == "new":  # vmap can't write many results into one tensor
+        if form == "new":  # vmap can't write the results of several gates into one h
             gates = [torch.stack([t, t / 2]) for t in given[2:]]
             mapped = torch.vmap(function, in_dims=(None, None, *(0 for _ in gates)))
             for index, one in enumerate(mapped(*given[:2], *gates)):
@@ -545,7 +545,7 @@ def test_checkpointed_has_the_same_bits(device, gate, form, reentrant):
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-# ---- subclasses, and modes that look on ----
+# ---- tensor subclasses, and modes that observe ops ----
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -555,7 +555,7 @@ def test_tensor_subclasses_run_the_traced_form(monkeypatch, gate, form):
         pass
 
     def kernels(*args):
-        raise AssertionError("a subclass may look at the ops; it must not be handed to the kernels")
+        raise AssertionError("a subclass may intercept ops, so it must not reach the kernels")
 
     for function in (autograd.PromptGateFunction, autograd.PromptGateLinearFunction):
         monkeypatch.setattr(function, "apply", kernels)
@@ -647,7 +647,7 @@ def test_anomaly_mode_names_the_gate():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", GATES)
 def test_hooks_see_no_saved_sequence(gate, form):
-    """Only compact [B, P, D] tensors and the gate's own live until backward."""
+    """Only [B, P, D] tensors and the gate's own tensors are saved for backward, no [B, N, D]."""
     sizes = []
     h, x, carrier, *of_gate = draw(gate, form, size=(B, 50, D))
     tensors = [t.requires_grad_() for t in of_gate]
@@ -668,7 +668,7 @@ def test_hooks_see_no_saved_sequence(gate, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", GATES)
 def test_backward_outside_autocast_and_compiled_in_it(device, gate, form, dtype):
-    """The GEMM of a linear gate stays in block_out's dtype: the same bits, the same dtypes."""
+    """Autocast does not change the dtype of a linear gate's GEMM: same bits, same dtypes."""
     tensors = draw(gate, form, device, dtype=dtype)
     function = functools.partial(call, gate, form, "mix")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -685,8 +685,8 @@ def test_backward_outside_autocast_and_compiled_in_it(device, gate, form, dtype)
     assert all(same_bits(a, b) for a, b in zip(got, plain, strict=True))
     if dtype == torch.float32:
         torch._dynamo.reset()
-        # torch's default traces every backward under the autocast around the compiled call, that of
-        # an autocast(enabled=False) in it, too: pure aten has a backward in bfloat16 there as well
+        # By default torch traces the whole backward under the autocast around the compiled call,
+        # also for ops inside autocast(enabled=False): even plain aten then runs it in bfloat16.
         with torch._functorch.config.patch(backward_pass_autocast="off"):
             got = with_gradients(autocast(compiled), tensors)
         assert_all_close(got, plain, tolerance=1e-5)
@@ -722,7 +722,7 @@ def test_inference_mode_gives_the_same_bits(device, gate):
         for form, out in wanted.items():
             assert same_bits(call(gate, form, "mix", *tensors), out)
         h, x, _, *of_gate = (None if t is None else t.clone() for t in tensors)
-    out = function_of(gate, "new")(h, x, *of_gate, 1, P)  # normal from inference tensors
+    out = function_of(gate, "new")(h, x, *of_gate, 1, P)  # normal tensor from inference ones
     assert same_bits(out, function_of(gate, "new")(*(t.clone() for t in (h, x, *of_gate)), 1, P))
     with pytest.raises(RuntimeError, match="inference"):
         function_of(gate, "in place")(h, x, *of_gate, 1, P)
@@ -814,7 +814,7 @@ def test_cuda_graph_replay_equals_eager(gate):
 
 @pytest.mark.cuda
 def test_any_number_of_captures_replay_as_eager():
-    """More than have memory of their own from before the capture (csrc/bindings_cuda.cpp)."""
+    """More captures than workspaces are allocated outside of captures (csrc/bindings_cuda.cpp)."""
     h, x, logit, grad = Case(4, 20, 64, 1, 10, device=torch.device("cuda")).inputs()
     logit.requires_grad_()
 
@@ -853,11 +853,11 @@ def test_side_stream_follows_its_own_order(gate):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_backward_on_two_streams_at_once(gate, device):
-    """On the CPU without streams: that what is compared is the same call."""
+    """On the CPU, without streams, this only checks that both sides make the same call."""
     is_cuda = device.type == "cuda"
     cases = [Case(64, 60, 768, 1, 50, logit=z, gate=gate, device=device) for z in (-1.0, 1.0)]
     wanted = [run_op(case).grads for case in cases]
-    inputs = [case.inputs() for case in cases]  # before the loop: it takes longer than backward
+    inputs = [case.inputs() for case in cases]  # before the loop: takes longer than backward
     streams = [torch.cuda.Stream() if is_cuda else None for _ in cases]
     for _ in range(20 if is_cuda else 1):
         got = []

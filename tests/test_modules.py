@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PromptGate and PromptTokens: their parameters, their start, and the functions they call."""
+"""PromptGate and PromptTokens: parameters, initial values, and the functions they call."""
 
 import math
 

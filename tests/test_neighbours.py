@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wrapped model beside packages of others that need not be installed: `make neighbours`."""
+"""A wrapped model together with optional third-party packages: `make neighbours`."""
 
 import copy
 import warnings
@@ -37,9 +37,7 @@ def test_accelerate_offloads_a_wrapped_model(method):
     torch.testing.assert_close(model(images()), wanted)
     vit = small_vit()
     accelerate.cpu_offload(vit, execution_device="cpu")
-    with pytest.raises(
-        RuntimeError, match=r"its own forward, .* wrap first, then let .*accelerate"
-    ):
+    with pytest.raises(RuntimeError, match=r"its own forward, .* apply accelerate after wrap"):
         gp.wrap(vit, method, num_prompts=4)
 
 

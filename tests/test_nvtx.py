@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges for Nsight: their names, that each ends, and that without GATED_PROMPT_NVTX there are
-none. The variable is read at import, so these run in a Python of their own, where nvtx is a
-stand-in that writes down what it is told."""
+"""NVTX ranges for Nsight: their names, that each one ends, and none without GATED_PROMPT_NVTX.
+
+The variable is read at import, so the tests run code in a new Python process. There, a stand-in
+replaces the package nvtx and records each push and pop.
+"""
 
 import json
 import os
@@ -65,7 +67,7 @@ def raise_an_error():
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs code with the stand-in for nvtx or (None) where there is none."""
+    """Runs code in a new process with the stand-in for nvtx; nvtx=None: nvtx is not installed."""
 
     def run_code(code, value="1", nvtx=STAND_IN):
         content = "raise ModuleNotFoundError('No module named nvtx')" if nvtx is None else nvtx
@@ -80,7 +82,7 @@ def run(tmp_path):
 
 
 def names_of(told):
-    """Names of ranges in the order of their start, once it is known that each ends in its place."""
+    """Returns the names of ranges in the order of their start; asserts that they nest and end."""
     names, is_open = [], []
     for what, name in told:
         if what == "push":
@@ -94,7 +96,7 @@ def names_of(told):
 
 @pytest.fixture
 def ranges(run):
-    """The names of the ranges of each line of code."""
+    """Runs lines of code and returns the names of the ranges of each line."""
 
     def of_lines(*lines):
         tell = "; print(json.dumps(nvtx.told)); nvtx.told.clear()\n"
@@ -150,7 +152,7 @@ def test_a_step_of_a_wrapped_vit(ranges):
         "attention sdpa [2, 8, 2, 32] float32",
         f"prompt_gate_fwd_ {gate}",
         fold,
-        f"attention sdpa {cls}",  # in the last block the class token alone asks
+        f"attention sdpa {cls}",  # the last block has one query, the class token
         f"scaled_dot {cls}",
         fold,
         f"prompt_gate_bwd_ {gate}",

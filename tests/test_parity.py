@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method on every backbone against the method restated: features, gradients, steps."""
+"""Compares every method on every backbone with restated.py: features, gradients, steps."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def assert_equals_the_restated_method(model):
         (logits * weights).sum(), list(parameters.values()), allow_unused=True
     )
     for name, a, b in zip(parameters, got, wanted, strict=True):
-        if not name.endswith("k_norm.bias"):  # softmax is the same for any bias of the keys
+        if not name.endswith("k_norm.bias"):  # softmax does not depend on a bias of the keys
             assert b.abs().max() > 1e-6, f"{name}: a gradient of zero tests nothing"
         assert (a - b).abs().max() < 1e-9 * max(1, b.abs().max()), name
 

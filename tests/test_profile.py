@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gated-prompt profile` at a size of a second: what it writes, and that no time is lost or counted
-twice. Times themselves are not tested."""
+"""`gated-prompt profile`, on a model so small that it takes a second: what it writes, and that no
+time is lost or counted twice. The times themselves are not tested."""
 
 import dataclasses
 import json
@@ -39,13 +39,13 @@ TINY = ProfileConfig(
     precision="float32",
     steps=2,
 )
-# What no eager step on a CPU has: xformers' attention, and Triton's kernels, are CUDA's.
+# Patterns that no step on a CPU matches: xformers attention and Triton kernels run on CUDA only.
 CUDA_ONLY = {r"_fMHA(?:Backward)?", r"triton_\w+"}
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """(what was returned, the folder, what was printed)."""
+    """Runs a tiny profile; returns (its result, its output folder, what it printed)."""
     output = tmp_path_factory.mktemp("profile") / "made" / "here"
     with pytest.MonkeyPatch.context() as patch:
         printed = []
@@ -80,7 +80,7 @@ def test_the_trace_has_the_steps_and_our_ops(tiny_trace):
     names = [event["name"] for event in tiny_trace]
     assert sum(name.startswith("ProfilerStep#") for name in names) == TINY.steps
     for op in ("prompt_gate_fwd_", "prompt_gate_bwd_"):
-        assert names.count(f"gated_prompt::{op}") == 5 * TINY.steps  # gates of a ViT of six blocks
+        assert names.count(f"gated_prompt::{op}") == 5 * TINY.steps  # six blocks have five gates
 
 
 def test_all_of_a_step_is_in_one_of_the_kinds(tiny_run, tiny_trace):
@@ -108,7 +108,7 @@ def test_a_linear_gate_has_its_gemms():
 
 
 def test_every_pattern_is_of_real_events():
-    """Also those of a compiled step, and of queries that are normalised and then divided."""
+    """Also the patterns for compiled steps and for queries that are normalised, then divided."""
     normed = gp.wrap(timm.create_model("test_vit", img_size=32, depth=1, qk_norm=True))
     compiled = torch.compile(lambda x: torch.nn.functional.gelu(x * 2) + 1)
     images = torch.randn(2, 3, 32, 32)
@@ -130,7 +130,7 @@ def test_every_pattern_is_of_real_events():
     ("path", "kind"),
     [
         ("ProfilerStep*/PromptGateFunction/gated_prompt::prompt_gate_fwd_/aten::empty", "gate"),
-        # what autograd adds up after a gate's backward is the residual connection's
+        # the sum that autograd takes after a gate's backward belongs to the residual connection
         (
             "autograd::engine::evaluate_function: PromptGateFunctionBackward/aten::add_",
             "residual adds and other elementwise",
@@ -138,7 +138,7 @@ def test_every_pattern_is_of_real_events():
         ("_FrozenProjection/gated_prompt::divide_rows/aten::empty", "temperature"),
         ("_FrozenProjection/aten::to/aten::_to_copy/aten::copy_", "copies and cat"),
         ("_FrozenProjection/aten::linear/aten::addmm/aten::copy_", "GEMMs"),
-        ("aten::linear/aten::to/aten::_to_copy/aten::copy_", "copies and cat"),  # autocast's
+        ("aten::linear/aten::to/aten::_to_copy/aten::copy_", "copies and cat"),  # by autocast
         ("Optimizer.step#SGD.step/aten::mul_/aten::to", "optimiser"),
         ("## Call CompiledFxGraph f ##/aten::mm", "GEMMs"),
         ("## Call CompiledFxGraph f ##/aten::randint", REST),
@@ -152,7 +152,7 @@ def test_the_kind_of_a_path(path, kind):
 
 
 def test_on_cuda_kernels_count_by_the_op_that_launched_them():
-    """On events as Kineto makes them; not run on a GPU."""
+    """Uses made-up events in the form that Kineto produces; not checked on a GPU."""
     from torch.autograd import DeviceType
     from torch.autograd.profiler_util import EventList, FunctionEvent
 
@@ -189,7 +189,7 @@ def test_a_compiled_gate_is_not_told_apart():
     rows = [{"kind": "gate", "percent": 0.0}, {"kind": "fused by Inductor", "percent": 12.34}]
     assert last_line(rows, is_compiled=False) == "the gate: 0.0 % of a step"
     line = last_line(rows, is_compiled=True)
-    assert line.startswith("fused by Inductor: 12.3 % of a step; the gate is in these kernels")
+    assert line.startswith("fused by Inductor: 12.3 % of a step; these kernels include the gate")
 
 
 @pytest.mark.parametrize(
@@ -226,4 +226,4 @@ def test_command_line_shows_its_options(capsys):
         cli.main(["profile", "--help"])
     printed = capsys.readouterr().out
     assert "--num-prompts INT" in printed
-    assert "Steps that are counted" in printed
+    assert "Counted steps" in printed

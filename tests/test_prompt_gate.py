@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the op: values and gradients against float64, what it may touch, how it composes."""
+"""Laws of the op: values and gradients against float64, which memory it writes, composition."""
 
 import inspect
 import itertools
@@ -42,7 +42,7 @@ def op_of(case, module=gp):
 
 
 def leaves_of(case):
-    """h, x and the gate's tensors, wanting gradients; and the incoming gradient."""
+    """Returns ([h, x and the gate's tensors, which require grad], the incoming gradient)."""
     *tensors, grad = case.inputs()
     return [t.requires_grad_() for t in tensors if t is not None], grad
 
@@ -93,7 +93,7 @@ def one_term_after_the_other(h, weight, bias):
 
 
 def test_rule_allows_another_order_of_a_logits_sum_and_no_more(monkeypatch):
-    """On CUDA the op and the eager form take different GEMMs, and eager may be the nearer one."""
+    """On CUDA the op and the eager form run different GEMMs, and eager may be more exact."""
     case = Case(2, 60, 768, 1, 50, gate="linear", inplace=True)
     monkeypatch.setattr(autograd, "linear_logit", one_term_after_the_other)
     check_against_reference(case)
@@ -113,15 +113,18 @@ def test_rule_allows_another_order_of_a_logits_sum_and_no_more(monkeypatch):
 def test_any_layout_gives_the_same(device, which, layout, gate):
     for inplace, dim, dtype in itertools.product((False, True), (8, 13), NARROW[:2]):
         if inplace and which == "layout" and layout not in WRITABLE:
-            continue  # refused: see test_bad_inputs
+            continue  # raises: see test_bad_inputs
         case = Case(dim=dim, dtype=dtype, inplace=inplace, device=device, gate=gate)
         setattr(case, which, layout)
         check_against_reference(case)
 
 
 def bits_that_paths_share(case):
-    """What must not depend on the path: not PyTorch's GEMMs, nor, on CUDA, what is a sum over a row
-    or more, whose order is that of the packs; of that the check is by the reference."""
+    """Runs the op and returns the results whose bits must not depend on the code path.
+
+    Results of PyTorch's GEMMs are left out. So are, on CUDA, sums over a row or more: their order
+    depends on the packs. On CUDA all results are compared with the reference instead.
+    """
     outcome = run_op(case)
     out, (h, x, *gate) = outcome.out, outcome.grads
     if case.is_linear:
@@ -150,7 +153,7 @@ def test_vector_scalar_and_misaligned_paths_give_the_same_bits(device, gate, dty
 
     wanted = bits_that_paths_share(case("contiguous", "contiguous"))
     for layout in WRITABLE:
-        # a weight of another layout takes another path of the GEMM
+        # for a weight in another layout PyTorch may run another GEMM
         gate_layout = "contiguous" if gate == "linear" else layout
         assert_same_bits(bits_that_paths_share(case(layout, gate_layout)), wanted)
     for offset in range(16) if gate != "linear" else ():
@@ -160,7 +163,7 @@ def test_vector_scalar_and_misaligned_paths_give_the_same_bits(device, gate, dty
 
 @pytest.mark.parametrize("gate", WITHOUT_GEMM)
 def test_odd_sizes_at_odd_addresses_give_the_bits_of_one_channel_at_a_time(device, gate):
-    """The vector path of D channels, with its rest, against strided channels, a scalar path."""
+    """The vector path, with its remainder, equals the scalar path that strided channels take."""
     for dim, offset in itertools.product((1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33), (0, 1, 2, 4, 8)):
         case = Case(2, 3, dim, 1, 2, device=device, gate=gate, offset=offset, inplace=True)
         got = bits_that_paths_share(case)
@@ -180,7 +183,7 @@ def test_block_in_may_be_the_prompt_rows_alone(device, gate, in_form):
 @pytest.mark.parametrize("in_form", ["sequence", "carrier"])
 @pytest.mark.parametrize("gate", GATES)
 def test_dtypes_of_block_out_block_in_and_gate_may_differ(device, gate, in_form):
-    """A float32 residual stream under bfloat16 blocks, the reverse, and gates of any dtype."""
+    """A float32 residual stream with bfloat16 blocks, the reverse, and gates of any dtype."""
     for dtype, in_dtype, gate_dtype in itertools.product(DTYPES, repeat=3):
         case = Case(
             dtype=dtype, in_dtype=in_dtype, gate_dtype=gate_dtype, device=device, gate=gate,
@@ -246,12 +249,12 @@ def test_docstring_states_the_formula(gate):
         assert_close_by_float64([op_of(case)(h, x, *gates, 1, 3, rule)], [wanted])
 
 
-# ---- what is computed and kept ----
+# ---- what is computed and saved for backward ----
 
 
 @pytest.fixture
 def bwd_sizes(monkeypatch):
-    """numel of what each call of the raw backward returned."""
+    """Collects the numel of each tensor returned, one list for each call of the raw backward."""
     sizes, bwd = [], ops.prompt_gate_bwd_
 
     def spy(*args):
@@ -266,7 +269,7 @@ def bwd_sizes(monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gate", GATES)
 def test_only_wanted_gradients_are_computed(device, gate, rule, bwd_sizes):
-    """All subsets of h, x, logit: 8; of h, x, weight, bias, in place: 32."""
+    """All 8 subsets of h, x, logit, or 16 of h, x, weight, bias; each in place and not."""
     case = Case(rule=rule, gate=gate, device=device, in_form="rows")
     wanted = run_op(case).grads
     for *needs, case.inplace in itertools.product((True, False), repeat=len(wanted) + 1):
@@ -280,7 +283,7 @@ def test_only_wanted_gradients_are_computed(device, gate, rule, bwd_sizes):
         )
         rows = case.batch * case.length * case.dim
         width = case.dim if gate == "linear" else 1
-        if case.is_linear:  # h takes part in the logit
+        if case.is_linear:  # the logit depends on h
             logits = (needs[0] or needs[2]) * case.batch * case.length * width
             biases = needs[3] * width
         else:
@@ -299,7 +302,7 @@ def test_a_linear_gate_without_bias(device, gate):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gate", GATES)
 def test_saved_bytes_are_one_slice_where_the_gate_learns(device, gate, rule, dtype):
-    """Linear gates: the logit; h, and for mix (h - x) / 2. Besides, the gate itself."""
+    """Linear gates: the logit, h and, for mix, (h - x) / 2. All gates: the gate tensor, too."""
     case = Case(rule=rule, dtype=dtype, gate=gate, inplace=True, device=device)
     itself = case.inputs()[2].nbytes
     one = case.batch * case.length * case.dim * dtype.itemsize
@@ -396,7 +399,7 @@ def test_any_number_of_threads_gives_the_same_bits(gate, threads):
 
 
 def test_any_number_of_threads_gives_the_same_bits_of_a_bias(threads):
-    """The sum over rows of a linear gate, without the GEMMs around it, which are PyTorch's."""
+    """The sum over rows for a linear gate's bias, without the GEMMs, which PyTorch computes."""
     grad, saved, logit = torch.randn(3, 8, 50, 384)
     outcomes = []
     for number in threads:
@@ -440,7 +443,7 @@ def test_in_place_under_no_grad_and_inference_mode(device, gate):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_in_place_on_what_a_vit_block_returns(device, gate):
-    """block_out = x + change: gradients reach the block and, through the skip, its input."""
+    """block_out = x + change: gradients reach the block and, by the residual path, its input."""
     case = Case(dtype=torch.float64, device=device, gate=gate)
     _, x, *gates, grad = case.inputs()
     weight = torch.randn(case.dim, case.dim, dtype=torch.float64, device=device)
@@ -455,8 +458,11 @@ def test_in_place_on_what_a_vit_block_returns(device, gate):
 
 
 def chain(case, start, carriers, views, used):
-    """Three blocks, each under a gate; gradients of what is `used`: of the sequence, of the last
-    carrier (that of the last rows, where there are no carriers)."""
+    """Runs three blocks with a gate after each; returns the sequence and the leaves' gradients.
+
+    used: the outputs that get an incoming gradient: "sequence", "carrier" (the last carrier, or
+    without carriers the last prompt rows), or both.
+    """
     h, _, *gates, _ = case.inputs()
     block = torch.linspace(-1, 1, case.dim**2, dtype=torch.float64).view(case.dim, case.dim).cos()
     block = block.to(case.device) / 3
@@ -503,7 +509,7 @@ def test_a_chain_with_carriers_gives_block_in_no_gradient(device):
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
 def test_a_carrier_goes_on_to_the_next_gate_in_any_dtype(device, dtypes):
-    """Blocks in one dtype, prompts in another: what is returned fits what comes next."""
+    """Blocks in one dtype, prompts in another: the returned carrier fits the next gate."""
     h, x, logit, grad = Case(dtype=dtypes[0], in_dtype=dtypes[1], device=device).inputs()
     prompts = x[:, 1:4].clone().requires_grad_()
     out, carrier = gp.prompt_gate_(h * 1, x, logit, 1, 3, carrier=prompts)
@@ -572,7 +578,7 @@ def test_gate_changed_before_backward_raises(device, gate):
         out.backward(grad)
 
 
-# ---- ranges, shapes, launches ----
+# ---- value ranges, shapes, launch plans ----
 
 
 def test_float16_differences_beyond_its_range_keep_the_gate_gradient(device):
@@ -595,7 +601,7 @@ def test_bfloat16_block_in_is_not_squeezed_into_float16(device):
 
 @pytest.mark.parametrize("gate", ["scalar", "channel", "token", "linear-token"])
 def test_positions_beyond_2_31_elements(gate):
-    """By strides alone: of 8.6 GB of address space a few pages are touched."""
+    """Large strides suffice: of 8.6 GB of address space only a few pages are touched."""
     far, case = 2**31 + 64, Case(2, 4, 8, 1, 2, dtype=torch.bfloat16, gate=gate, inplace=True)
     h, x, *gates, _ = case.inputs()
     block_out, block_in = (
@@ -620,7 +626,7 @@ def test_meta_tensors_give_the_shape(gate):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_of_the_raw_ops(device, dtype, gate):
-    """Each of the flags on and off once, not in all combinations."""
+    """Each flag is on once and off once; not all combinations are run."""
     raw = torch.ops.gated_prompt
     case = Case(2, 4, 6, 1, 2, dtype=dtype, gate=gate, device=device)
     h, x, weight, *bias, grad = case.inputs()
@@ -655,16 +661,16 @@ def test_opcheck_of_copy_rows(device, dtype):
 @pytest.mark.parametrize(
     ("gate", "backward", "grid", "logits"),
     [
-        # 50 rows are one run of 4800 packs of 8 elements, 256 to a block; where blocks sum they are
-        # few, and take 3 samples each, or a fourth of one
+        # 50 rows are one run of 4800 packs of 8 elements, 256 packs per block. Backward sums, so it
+        # has few blocks: each takes 3 samples (scalar) or a fourth of one (sample).
         ("scalar", False, (19, 64, 1), 1),
         ("scalar", True, (19, 22, 1), 1),
         ("sample", False, (19, 64, 1), 64),
         ("sample", True, (4, 64, 1), 64),
-        # a segment of 3200 rows, 8 to a block, in 3 strips of 32 packs: 264 blocks in all
+        # 3200 rows, 8 at a time per block, in 3 strips of 32 packs: 264 blocks in all
         ("channel", False, (88, 1, 3), 768),
         ("full", True, (88, 1, 3), 64 * 50 * 768),
-        # 3200 rows, 8 to a block; 50 prompts, 8 to a block
+        # 3200 rows, 8 per block; backward of token: 50 prompts, 8 per block
         ("token", False, (400, 1, 1), 50),
         ("token", True, (37, 7, 1), 50),
         ("linear-token", True, (400, 1, 1), 64 * 50),
@@ -695,11 +701,11 @@ def test_launch_plan_refuses_what_it_does_not_know():
         (5000, 5, 64, 3),
         (2, 1060, 4096, 1050),
         (2100, 3, 7, 2),
-    ],  # samples, then packs, beyond the grid
+    ],  # beyond the grid: samples, packs, samples
 )
 @pytest.mark.parametrize("gate", ["scalar", "channel", "token", "sample", "full", "linear-token"])
 def test_backward_on_cuda_beyond_its_grid(gate, batch, num_tokens, dim, length):
-    """More samples, or more packs of a sample, than the blocks that may hold a partial sum."""
+    """More samples, or more packs per sample, than there may be blocks with a partial sum."""
     check_against_reference(
         Case(batch, num_tokens, dim, 1, length, device="cuda", inplace=True, gate=gate)
     )
@@ -708,7 +714,7 @@ def test_backward_on_cuda_beyond_its_grid(gate, batch, num_tokens, dim, length):
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(2, 1_400_000, 1024), (70_000, 3, 8)])
 def test_large_tensors_and_batches_on_cuda(shape):
-    """More than 2^31 elements, and more samples than gridDim.y holds."""
+    """More than 2^31 elements, and more samples than gridDim.y allows."""
     batch, num_tokens, dim = shape
     h = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
     x = torch.zeros(batch, 2, dim, dtype=torch.bfloat16, device="cuda")

@@ -14,7 +14,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MIXED = [(torch.float32, narrow) for narrow in DTYPES[2:]]
 PAIRS = [(t, t) for t in DTYPES] + MIXED + [pair[::-1] for pair in MIXED]
 
-# Each makes a [B, N, H, d] tensor. A new layout is a row.
+# Each function makes a [B, N, H, d] tensor. To test another layout, add a row.
 LAYOUTS = {
     "contiguous": lambda b, n, h, d: torch.randn(b, n, h, d),
     "packed_qkv": lambda b, n, h, d: torch.randn(b, n, 3, h, d)[:, :, 0],
@@ -33,7 +33,7 @@ LAYOUTS = {
 
 
 def to(tensor, dtype, device):
-    """With the strides and the offset of `tensor`, whose storage is converted as a whole."""
+    """Converts the whole storage of `tensor`, so that strides and offset stay the same."""
     flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
     flat = flat.to(device=device, dtype=dtype)
     return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -44,7 +44,7 @@ def make(shape, layouts=("packed_qkv", "contiguous"), dtypes=DTYPES[1:2] * 2, de
 
 
 def check(a, b, temperature):
-    """Inputs are exact, so the result is held to its own dtype's tolerance, and float32's sums."""
+    """Compares with float64. Inputs are exact, so only sums and the result have been rounded."""
     tau = temperature.double()
     products = a.double() * b.double()
     compute = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -103,7 +103,7 @@ def test_up_to_four_dimensions(device, dims):
 @pytest.mark.parametrize("dtype", DTYPES[1:3])
 @pytest.mark.parametrize("layout", ["contiguous", "heads_first", "channels_first"])
 def test_many_tasks_of_one_sign_equal_float64(device, layout, dtype):
-    """Where nothing cancels, a float32 sum that is too long loses digits."""
+    """All terms have one sign, so a float32 sum over too many of them would lose digits."""
     a, b = make((8, 247, 12, 64), ("packed_qkv", layout), (dtype, dtype), device)
     check(a.abs(), b.abs(), torch.tensor(1.3, device=device))
 
@@ -164,7 +164,7 @@ def test_lazy_negatives_are_resolved(device, dtype):
 
 
 def test_is_the_gradient_of_a_temperature(device):
-    """Of queries divided by it, that autograd gives."""
+    """Equals autograd's gradient of a temperature that divides the queries."""
     q, weight = make((2, 5, 3, 8), dtypes=DTYPES[:1] * 2, device=device)
     temperature = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
     scaled = q / temperature
@@ -183,7 +183,7 @@ def test_inputs_are_not_written(device):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3])
 def test_positions_beyond_2_31_elements(dtype):
-    """By strides alone: of the address space a few pages are touched."""
+    """Large strides suffice: only a few pages of the address space are touched."""
     far = 2**31 + 64
     a = torch.empty(far + 64, dtype=dtype).as_strided((2, 4, 8), (far, 8, 1)).normal_()
     b = torch.randn(2, 4, 8, dtype=dtype)
@@ -267,7 +267,7 @@ def test_more_than_2_31_elements_on_cuda():
     assert scaled_dot(a[1:], a[:-1], tau).item() == 2**31 + 8
 
 
-# ---- as torch sees it ----
+# ---- opcheck, meta and fake tensors ----
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
@@ -298,7 +298,7 @@ def freed(tensor):
     return tensor
 
 
-# what replaces the good arguments, pattern of the message
+# id: (what replaces the good arguments, pattern of the message)
 BAD = {
     "b_of_other_size": (
         {"b": lambda b: b[:, :4]},

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw ops beside float64, in seconds: what is run first on a GPU, and under compute-sanitizer.
+"""Compares the raw ops with float64, in seconds. Runs first on a GPU, and in compute-sanitizer.
 
-Outputs are filled with NaN before the kernels write them, so an element that is left out is seen.
-"small" are the tests that a sanitizer can run: no captured graph, no large case.
+Outputs are filled with NaN before the kernels write them, so an element that is not written shows.
+A sanitizer can run the tests with "small" in their name or id: no captured graph, no large case.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import torch
 import gated_prompt as gp
 from gated_prompt import autograd, ops
 
-SHAPES = {  # of the logit, from B, P, D
+SHAPES = {  # of the logit, for B, P, D
     "scalar": lambda b, p, d: (),
     "channel": lambda b, p, d: (d,),
     "token": lambda b, p, d: (p, 1),
@@ -38,22 +38,22 @@ cuda_only = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest
 
 @pytest.fixture(autouse=True)
 def _filled_with_nan():
-    """Deterministic mode fills what new_empty gives."""
+    """In deterministic mode, torch fills what new_empty returns with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def assert_near(name, got, exact, terms, eps):
-    """Within 8 eps of the sum of the terms' absolute values; below the smallest normal number
-    rounding is absolute."""
+    """Asserts an error of at most 8 eps of the sum of the terms' absolute values, plus the absolute
+    rounding error of subnormal numbers."""
     error, of = (got.double() - exact).abs(), torch.finfo(got.dtype)
     bad = ~(error <= 8 * eps * terms + of.smallest_normal * of.eps)
     assert not bad.any(), f"{name}: {int(bad.sum())} of {bad.numel()} off by up to {error.max():g}"
 
 
 class Gate:
-    """Random inputs of a gate, `offset` elements behind what an allocator aligns to."""
+    """Random inputs of a gate; activations start `offset` elements after an aligned address."""
 
     def __init__(self, kind, size, dtype, mix, device, offset=0):
         self.batch, self.num_tokens, self.dim, self.length = size
@@ -71,13 +71,13 @@ class Gate:
         return values[self.offset :].view(shape)
 
     def forward(self):
-        """(sequence, saved)"""
+        """Returns (sequence, saved)."""
         out = self.h.clone()
         saved = ops.prompt_gate_fwd_(out, self.x, self.logit, START, self.length, self.mix, True)
         return out, saved
 
     def backward(self, saved):
-        """Gradients: sequence, x, logit and, where there is one, the bias of a linear gate."""
+        """Returns the gradients of sequence, x, logit and, if has_bias, a linear gate's bias."""
         grad, rows = self.grad.clone(), (START, self.length, self.mix)
         wanted = (True, True, True, self.has_bias)
         found = ops.prompt_gate_bwd_(
@@ -86,7 +86,10 @@ class Gate:
         return grad, *found
 
     def check(self, repeats):
-        """Beside float64; gradients have the same bits again. Returns (saved, gradients)."""
+        """Compares results with float64, and the bits of gradients over `repeats` more runs.
+
+        Returns (saved, gradients).
+        """
         eps, rows = torch.finfo(self.dtype).eps, self.rows
         h, x, z = self.h[:, rows].double(), self.x.double(), self.logit.double()
         of_out = self.grad[:, rows].double() + self.carrier.double()
@@ -114,13 +117,13 @@ class Gate:
 
 
 def assert_same(found, wanted):
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "other bits"
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "the bits differ"
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 def test_products_are_not_shortened(dtype, accuracy, device):
-    """What results are compared with: no TF32, whose products are good to 5e-4, and no sums of
-    products kept in 16 bits on the way."""
+    """torch's matmul, with which results are compared, uses no TF32, whose products are exact to
+    only 5e-4, and no partial sums in 16 bits."""
     a, b = (torch.randn(2, 512, 4096, device=device).abs() + 1).to(dtype)  # nothing cancels
     exact = a.double() @ b.double().T
     assert ((a @ b.T).double() - exact).abs().max() <= accuracy * exact.max()
@@ -172,7 +175,7 @@ def test_small_linear_token(device):
     assert_near("out", out[:, gate.rows], g * h + (1 - g) * x, terms, torch.finfo(gate.dtype).eps)
 
 
-# ---- what only a GPU does at once ----
+# ---- work that overlaps on a GPU only ----
 
 
 @cuda_only
@@ -195,7 +198,7 @@ def test_streams_that_overlap(kind, device):
 @cuda_only
 @pytest.mark.parametrize("kind", CONCURRENT)
 def test_replays_of_a_graph(kind, device):
-    """Also back to back, beside launches on another stream."""
+    """Also replays back to back, while another stream launches the same kernels."""
     gate = Gate(kind, STEP, torch.bfloat16, True, device)
     saved, wanted = gate.check(repeats=0)
     torch.use_deterministic_algorithms(False)
@@ -219,10 +222,10 @@ def test_replays_of_a_graph(kind, device):
 
 
 def test_gradients_are_written_in_place(device, monkeypatch):
-    """A backward that copied its gradient would move a [B, N, D] tensor more for each gate.
+    """A backward that copied its gradient would copy a [B, N, D] tensor for each gate.
 
-    Not among the small tests: under compute-sanitizer Python's frames stay alive, and with them
-    more users of a gradient.
+    Not a "small" test: under compute-sanitizer Python's frames stay alive and keep references to
+    a gradient, which is then copied.
     """
     found, real = [], autograd.is_reusable
     monkeypatch.setattr(autograd, "is_reusable", lambda *a: found.append(real(*a)) or found[-1])

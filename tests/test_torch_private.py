@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Without a private name of torch everything runs, by the slower way that is right in any case."""
+"""If a private name of torch is missing, everything still runs correctly, if more slowly."""
 
 import ast
 import re
@@ -20,9 +20,9 @@ RUN = """
 import torch
 
 owner, name = {owner}, {name!r}
-if name == "_use_count":  # of a type in C: hidden, since it can't be deleted
+if name == "_use_count":  # a method of a C type can't be deleted, so hide it
     owner._use_count = None
-elif name.startswith("_global_"):  # torch itself can't do without
+elif name.startswith("_global_"):  # torch itself needs it: only the package gets its substitute
     from gated_prompt import torch_private
 
     torch_private.global_hooks.append(torch_private.NAMES["nn.modules.module." + name])
@@ -114,4 +114,4 @@ def test_no_other_file_uses_a_private_name_of_torch():
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not used & names, path
         private = re.findall(r"\b(?:torch|timm)(?:\.\w+)*\.(_[a-z]\w*)", path.read_text())
-        assert set(private) <= {"_check"}, path  # which torch documents
+        assert set(private) <= {"_check"}, path  # torch._check is documented

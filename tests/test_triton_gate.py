@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' peer in Triton: in Triton's interpreter beside the reference, since no GPU is
-needed for that, and what it compiles to for sm_90. The interpreter is a process of its own: to the
-rest of the suite TRITON_INTERPRET stays unset."""
+"""The Triton gate that benchmarks compare with: its results, and its compiled code for sm_90.
+
+The results come from Triton's interpreter, which needs no GPU. It runs in a separate process, so
+that TRITON_INTERPRET stays unset for the other tests.
+"""
 
 import dataclasses
 import functools
@@ -43,13 +45,13 @@ CHECKED += [
         *((gate, {"needs": (True, False, True)}) for gate in GATES),
         *((gate, {"needs": (True, True, False)}) for gate in GATES),
         ("scalar", {"needs": (False, False, False)}),
-        *((gate, {"batch": 12}) for gate in GATES),  # more parts of a sum than are added at a time
+        *((gate, {"batch": 12}) for gate in GATES),  # more partial sums than are added at a time
     )
 ]
 
 
 def name_of(case):
-    """What differs from SMALL."""
+    """Names a case by its gate, its rule and the fields that differ from SMALL."""
     fields = vars(case).items()
     changed = [str(v) for k, v in fields if v != getattr(SMALL, k) or k in ("gate", "rule")]
     return "-".join(changed).replace(" ", "").replace("torch.", "")
@@ -61,7 +63,7 @@ def check(case):
 
 
 def call(case, leaves, target):
-    """cases._call for the peer; behind it a product, since the peer writes into its gradient."""
+    """Like cases._call. Returns out * 1, since the peer writes into its incoming gradient."""
     gate_ = importlib.import_module("triton_gate").gate_
     h, at = cases._Into.apply(leaves["block_out"], target), (case.start, case.length, case.rule)
     with torch.no_grad():
@@ -73,7 +75,7 @@ def call(case, leaves, target):
 
 
 def interpret():
-    """Prints {name: what was wrong} of CHECKED."""
+    """Prints {name: error, or None} of all cases in CHECKED, as JSON."""
     found = {}
     for case in CHECKED:
         try:
@@ -112,14 +114,14 @@ def test_on_a_gpu_it_is_the_reference(monkeypatch, gate, rule):
         cases.check_against_reference(case)
 
 
-# ---- what it compiles to ----
+# ---- compiled code ----
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 class Compiler:
-    """In the place of a kernel: compiles each launch for sm_90 as Triton would."""
+    """Replaces a kernel: compiles each launch for sm_90, as Triton would, and runs nothing."""
 
     def __init__(self, kernel, found):
         self.kernel, self.found, self.__name__ = kernel, found, kernel.__name__
@@ -142,7 +144,7 @@ class Compiler:
 
 
 def resources(cubin, folder):
-    """{"REG": registers of a thread, "LOCAL": bytes it spills, ...}"""
+    """Returns {"REG": registers per thread, "LOCAL": bytes that it spills, ...}."""
     (folder / "kernel.cubin").write_bytes(cubin)
     command = [str(BIN / "cuobjdump"), "-res-usage", str(folder / "kernel.cubin")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -172,7 +174,7 @@ def test_compiled_for_sm_90_it_moves_128_bits_at_a_time(monkeypatch, tmp_path, g
         plan.backward(h, saved, logit, True, True)
         kernels = ["_forward", "_backward"] + ["_add"] * (gate != "full")
         assert [name for name, _ in found] == kernels
-        packs = at.rows * at.cols // (32 * at.warps) // 8  # of a thread, per tensor
+        packs = at.rows * at.cols // (32 * at.warps) // 8  # per thread and tensor
         for name, kernel in found:
             used = resources(kernel.asm["cubin"], tmp_path)
             moves = re.findall(r"\b(ld|st)\.global\S*?((?:\.v[248])?\.[bu]\d+) ", kernel.asm["ptx"])
@@ -181,11 +183,11 @@ def test_compiled_for_sm_90_it_moves_128_bits_at_a_time(monkeypatch, tmp_path, g
             if name == "_add":
                 continue
             loads, stores = (2, 2) if name == "_forward" else (2, 2 + (in_form == "sequence"))
-            if gate == "full":  # a pack of float32 logits is two times 128 bits
+            if gate == "full":  # a pack of float32 logits is 2 x 128 bits
                 loads, stores = loads + 2, stores + 2 * (name == "_backward")
             assert moves.count(("ld", ".v4.b32")) >= loads * packs
             assert moves.count(("st", ".v4.b32")) >= stores * packs
-            assert not any(width.endswith("16") for _, width in moves)  # no bfloat16 alone
+            assert not any(width.endswith("16") for _, width in moves)  # no single bfloat16
             assert "cvt.rn.bf16x2.f32" in kernel.asm["ptx"]  # rounded to nearest
 
 

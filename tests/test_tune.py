@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laws of the tuning loop, on a ViT small enough to tune in a second."""
+"""Laws of the tuning loop, on a ViT small enough to tune in a second."""
 
 import copy
 
@@ -30,7 +30,7 @@ CONFIG = TuneConfig(epochs=6, batch_size=16, lr=0.02, warmup_epochs=1, seed=3)
 
 @pytest.fixture
 def wrapped():
-    """A function that wraps the same tiny ViT, with the same prompts and head, each time."""
+    """A function that wraps a copy of one tiny ViT, each time with the same prompts and head."""
     with seeded(1):
         vit = VisionTransformer(
             img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=3
@@ -45,7 +45,7 @@ def wrapped():
 
 @pytest.fixture
 def train_set():
-    """Three classes that differ in brightness; 50 images, so that the last batch is a short one."""
+    """50 images of three classes that differ in brightness. The last batch is smaller."""
     labels = torch.arange(50) % 3
     return TensorDataset(torch.randn(50, 1, 8, 8) + labels[:, None, None, None] - 1, labels)
 
@@ -89,7 +89,7 @@ def test_same_seed_shows_every_method_the_same_order(wrapped, train_set):
             return super().__getitem__(index)
 
     orders = []
-    for method in ("linear", "vpt-shallow", "gpt"):  # the dropout of prompts draws numbers too
+    for method in ("linear", "vpt-shallow", "gpt"):  # prompt dropout draws numbers, too
         shown = []
         tune(wrapped(method), Recorded(*train_set.tensors), CONFIG)
         orders.append(shown)
@@ -196,7 +196,7 @@ def test_config_refuses_what_it_cannot_mean(field, message):
 
 @pytest.fixture
 def capture_on_cpu(monkeypatch):
-    """In place of a capture: a replay runs anew and writes into the memory of the first run."""
+    """Replaces the capture: a replay runs the step again, into the memory of the first run."""
 
     def capture(self):
         run = tuning._EagerStep(self.network)
@@ -205,7 +205,7 @@ def capture_on_cpu(monkeypatch):
 
         def replay():
             self.replays = getattr(self, "replays", 0) + 1
-            there = [p.grad for p in self.parameters]  # a graph knows its own memory alone
+            there = [p.grad for p in self.parameters]  # a graph replaces no .grad
             loss.copy_(run(self.images, self.labels))
             for grad, parameter, old in zip(grads, self.parameters, there, strict=True):
                 grad.copy_(parameter.grad)
@@ -217,7 +217,7 @@ def capture_on_cpu(monkeypatch):
 
 
 def steps(model, batches, step):
-    """The losses, and what is tuned afterwards."""
+    """Runs a step on each batch; returns the losses and the tuned parameters."""
     optimizer = torch.optim.SGD(model.param_groups(lr=0.1), momentum=0.9)
     losses = []
     for images, labels in batches:
@@ -227,7 +227,7 @@ def steps(model, batches, step):
 
 
 def batches_of(train_set, device="cpu"):
-    """Whole ones with a short one among them."""
+    """Batches of 16 images, with one of 5 in between."""
     images, labels = (t.to(device) for t in train_set.tensors)
     return [(images[i:j], labels[i:j]) for i, j in ((0, 16), (16, 32), (32, 37), (34, 50), (1, 17))]
 
@@ -252,7 +252,7 @@ def check_graphed_step(wrapped, train_set, device, tolerance):
 
 def test_a_graphed_step_is_the_eager_step(wrapped, train_set, capture_on_cpu):
     step = check_graphed_step(wrapped, train_set, "cpu", 0)
-    assert step.replays == 4  # of five batches
+    assert step.replays == 4  # five batches, one of them smaller
 
 
 def test_losses_of_a_graphed_step_stay(wrapped, train_set, capture_on_cpu):
@@ -284,7 +284,7 @@ def test_a_graphed_step_on_cuda(wrapped, train_set):
 @pytest.mark.cuda
 @pytest.mark.parametrize("method", ["linear", "gpt", "gpt-deep"])
 def test_tuning_by_a_cuda_graph(wrapped, train_set, method):
-    """With dropout, whose numbers differ from those of an eager run, the loss falls as well."""
+    """The loss also falls with dropout, which draws other numbers than in an eager run."""
     model = wrapped(method).cuda()
     losses = tune(model, train_set, TuneConfig(**{**vars(CONFIG), "cuda_graph": True}))
     assert losses[-1] < losses[0]

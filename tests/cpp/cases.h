@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the C++ tests share: tensors of any layout and dtype between guards, and calls made of them.
+// Shared by the C++ tests: tensors of any layout and dtype with guards around them, and calls.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 
 using namespace gated_prompt;
 
-inline std::string context;  // what runs, for messages
+inline std::string context;  // the case that runs, for messages
 
 #define CHECK(condition, ...)                                                          \
   do {                                                                                 \
@@ -29,7 +29,7 @@ inline std::string context;  // what runs, for messages
     }                                                                                  \
   } while (0)
 
-// ---- tables: a new case is a row ----
+// ---- tables: to add a case, add a row ----
 
 struct Shape {
   int64_t batch, length, dim;
@@ -47,16 +47,16 @@ inline Layout shared(Shape s) {  // the same rows for every sample
 inline Layout sequence(Shape s) {  // rows of a longer sequence
   return {(s.length + 4) * s.dim, s.dim, 1, 2 * s.dim};
 }
-inline Layout odd(Shape s) {  // one element off
+inline Layout odd(Shape s) {  // one element after an aligned address
   return {s.length * s.dim, s.dim, 1, 1};
 }
-inline Layout padded(Shape s) {  // gaps between rows, which break the alignment ...
+inline Layout padded(Shape s) {  // gaps between rows that break the alignment
   return {s.length * (s.dim + 3), s.dim + 3, 1, 1};
 }
-inline Layout padded16(Shape s) {  // ... and gaps which keep it
+inline Layout padded16(Shape s) {  // gaps that keep the alignment
   return {s.length * (s.dim + 16), s.dim + 16, 1, 16};
 }
-inline Layout padded_pairs(Shape s) {  // 4 bytes still fit in 16-bit types
+inline Layout padded_pairs(Shape s) {  // 16-bit types are aligned to 4 bytes only
   return {s.length * (s.dim + 2), s.dim + 2, 1, 2};
 }
 inline Layout transposed(Shape s) {
@@ -146,8 +146,8 @@ inline double epsilon(DType dtype) {
   return dtype == kF64 ? 2.3e-16 : dtype == kF32 ? 1.2e-7 : dtype == kBF16 ? 7.9e-3 : 9.8e-4;
 }
 
-// Elements before and after a tensor, which show what is written there; a multiple of 16 bytes. The
-// address sanitizer, which sees reads as well, has to find the end of the memory there.
+// Elements before and after a tensor, which show writes outside it; a multiple of 16 bytes. None
+// under the address sanitizer, which also detects reads, but only beyond the allocated memory.
 #ifdef __SANITIZE_ADDRESS__
 constexpr int64_t kGuard = 0;
 #else
@@ -169,13 +169,13 @@ struct Tensor {
     const auto size = static_cast<size_t>(item_size(type));
     for (size_t i = 0; i < bytes.size(); i += size) store(&bytes[i], type, normal(random));
   }
-  // Strides are 0 where the tensor broadcasts.
+  // Strides are 0 along dimensions of size 1, as in a tensor that broadcasts.
   Rows rows() {
     return {bytes.data() + (kGuard + layout.offset) * item_size(dtype),
             shape.batch > 1 ? layout.batch : 0, shape.length > 1 ? layout.row : 0,
             shape.dim > 1 ? layout.channel : 0, dtype};
   }
-  size_t position(int64_t b, int64_t p, int64_t d) const {  // of a byte
+  size_t position(int64_t b, int64_t p, int64_t d) const {  // in bytes
     const int64_t element = kGuard + layout.offset + (shape.batch > 1 ? b * layout.batch : 0) +
                             (shape.length > 1 ? p * layout.row : 0) +
                             (shape.dim > 1 ? d * layout.channel : 0);
@@ -195,7 +195,7 @@ void for_each_element(Shape s, F&& f) {
   }
 }
 
-// Nothing but the elements of the shape differs from `before`.
+// Checks that only the elements of the tensor differ from `before`, not the bytes around them.
 inline void check_untouched(const Tensor& after, const Tensor& before, const char* name) {
   const auto size = static_cast<size_t>(item_size(after.dtype));
   std::vector<bool> inside(after.bytes.size());
@@ -214,7 +214,7 @@ inline Shape shape_of_logit(Shape s, Kind kind) {
   return {kind.by_sample ? s.batch : 1, kind.by_row ? s.length : 1, kind.by_channel ? s.dim : 1};
 }
 
-// The tensors of one call. A copy is a call of its own.
+// The tensors of one call. A copy of a Call has its own tensors.
 struct Call {
   Case c;
   Types types;
@@ -230,7 +230,7 @@ struct Call {
         kind(kind_),
         mix(mix_),
         out(c.shape, c.out(c.shape), types.out, 1),
-        // nothing is written through a layout that overlaps itself
+        // backward writes `in`, so its layout must not overlap itself
         in(c.shape, (backward && c.in == shared ? compact : c.in)(c.shape), types.in, 2),
         saved(c.shape, compact(c.shape), types.out, 3),
         carrier(c.shape, (c.in == shared ? compact : c.in)(c.shape), types.out, 4),
@@ -292,8 +292,8 @@ inline void run_bwd_cpu(const PromptGateParams& params, int64_t step = 1 << 30) 
   if (reduces(p)) prompt_gate_finish_cpu(p, memory);
 }
 
-// Every case with both rules; the types turn with the kinds, so that each pair of two of case, type
-// and kind is met.
+// Every case with every kind and both rules. Types change with each call, so that every case and
+// every kind is run with all types.
 template <class F>
 void for_each_call(bool backward, F&& check) {
   size_t turn = 0;
@@ -305,7 +305,7 @@ void for_each_call(bool backward, F&& check) {
   }
 }
 
-// The same with what may be wanted of a call, or not.
+// The same calls, with and without optional tensors; forward also with linear gates.
 template <class F>
 void for_each_forward(F&& check) {
   for_each_call(/*backward=*/false, [&](Call call) {
@@ -331,7 +331,7 @@ void for_each_backward(F&& check) {
   });
 }
 
-// Runs the law that the command line names; an exit status.
+// Runs the law that the command line names and returns the exit status.
 inline int run_law(int argc, char** argv,
                    const std::map<std::string, std::function<void()>>& laws) {
   const auto law = laws.find(argc == 2 ? argv[1] : "");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls of scaled_dot for the C++ tests: what cases.h is to the gate.
+// Tensors and calls of scaled_dot for the C++ tests, as in cases.h for the gate.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct DotLayout {
 inline DotLayout dense(DotShape s) {
   return {{s.tokens * s.heads * s.dim, s.heads * s.dim, s.dim, 1}, 0};
 }
-inline DotLayout packed(DotShape s) {  // the q of a qkv
+inline DotLayout packed(DotShape s) {  // q in a packed qkv
   return {{3 * s.tokens * s.heads * s.dim, 3 * s.heads * s.dim, s.dim, 1}, 0};
 }
 inline DotLayout heads_first(DotShape s) {  // [B, H, N, d]
@@ -36,10 +36,10 @@ inline DotLayout channels_first(DotShape s) {  // [B, H, d, N]
 inline DotLayout one_off(DotShape s) {
   return {dense(s).stride, 1};
 }
-inline DotLayout gaps(DotShape s) {  // which break the alignment
+inline DotLayout gaps(DotShape s) {  // they break the alignment
   return {{s.tokens * s.heads * (s.dim + 3), s.heads * (s.dim + 3), s.dim + 3, 1}, 2};
 }
-inline DotLayout even_gaps(DotShape s) {  // 4 bytes still fit in 16-bit types
+inline DotLayout even_gaps(DotShape s) {  // 16-bit types are aligned to 4 bytes only
   return {{s.tokens * s.heads * (s.dim + 2), s.heads * (s.dim + 2), s.dim + 2, 1}, 2};
 }
 inline DotLayout second_channels(DotShape s) {
@@ -83,7 +83,7 @@ constexpr DotCase kDotCases[] = {
     {{2, 37, 12, 64}, dense, dense},
     {{2, 37, 12, 33}, dense, gaps},
     {{5, 1, 1, 1500}, dense, packed},  // rows longer than a task
-    {{300, 9, 1, 1}, packed, dense},   // one channel of three
+    {{300, 9, 1, 1}, packed, dense},   // every third element
 };
 
 struct DotTensor {
@@ -124,7 +124,7 @@ void for_each_index(DotShape s, F&& f) {
   }
 }
 
-// The tensors of one call. A copy is a call of its own.
+// The tensors of one call. A copy of a DotCall has its own tensors.
 struct DotCall {
   DotCase c;
   DotTensor a, b;
@@ -153,7 +153,7 @@ struct DotCall {
     p.temperature_dtype = temperature.dtype;
     return p;
   }
-  // Wanted, and the sum of the terms' absolute values, which a rounding is relative to.
+  // The exact result, and the sum of the terms' absolute values, the scale of rounding errors.
   void oracle(double* wanted, double* terms) const {
     double sum = 0, size = 0;
     for_each_index(c.shape, [&](std::array<int64_t, 4> i) {
@@ -162,7 +162,7 @@ struct DotCall {
     const double t = temperature.at(0, 0, 0);
     *wanted = -(1 / t) * sum, *terms = size / std::fabs(t);
   }
-  // Float32 sums of up to some 50 terms a lane or thread, then the rounding of the result.
+  // Covers float32 sums of up to about 50 terms per lane or thread, then rounding the result.
   double bound(double wanted, double terms) const {
     const DType compute = a.dtype == kF64 ? kF64 : kF32;
     const double subnormal = result.dtype == kF16 ? 0x1p-24 : 0;
@@ -170,7 +170,7 @@ struct DotCall {
   }
 };
 
-// Every case with every pair of dtypes; those of the temperature turn.
+// Every case with every pair of dtypes; the dtype of the temperature changes with each call.
 template <class F>
 void for_each_dot(F&& check) {
   size_t turn = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels, run on the CPU by cuda_on_cpu/, against the CPU kernels: every tensor bit for
-// bit, whatever the order of threads and blocks. Usage: test_cuda_on_cpu LAW; exit status 0 if the
-// law holds. A new case is a row of a table: kTypes, kCases, kLargeCases.
+// Compares the CUDA kernels, which cuda_on_cpu/ runs on the CPU, with the CPU kernels. Tensors must
+// have the same bits, sums must agree up to rounding, and no order of threads and blocks may change
+// a bit. Usage: test_cuda_on_cpu LAW; exit status 0 if the law is true. To add a case, add a row to
+// a table: kTypes, kCases, kLargeCases.
 #include <cuda_runtime.h>
 
 #include "cases.h"
@@ -12,7 +13,7 @@
 
 namespace {
 
-// More than the blocks or threads of a launch have at once: they loop.
+// More than the blocks or threads of a launch handle in one pass, so that they loop.
 constexpr struct {
   Case c;
   Kind kind;
@@ -23,17 +24,17 @@ constexpr struct {
     {{{1, 3, 500 * 1024}, odd, compact}, kKinds[3]},
     {{{kFewBlocks + 5, 2, 40}, sequence, compact}, kKinds[7]},  // segments
     {{{66000, 1, 2}, compact, compact}, kKinds[6]},             // one block for each sample
-    // several packs a thread, or rows a warp, the next one loaded before the last one is used
+    // several packs per thread, or rows per warp: the next is loaded before the current one is used
     {{{600, 2, 40}, sequence, compact}, kKinds[0]},
     {{{70, 9, 800}, sequence, compact}, kKinds[1]},
     {{{kFewBlocks + 40, 3, 40}, sequence, compact}, kKinds[2]},
     {{{300, 9, 33}, sequence, compact}, kKinds[3]},
     {{{1000, 9, 40}, sequence, compact}, kKinds[4]},
 };
-std::vector<unsigned> seeds = {0, 1, 2, 3};  // orders of threads and blocks
+std::vector<unsigned> seeds = {0, 1, 2, 3};  // each gives an order of threads and blocks
 
-// Bit for bit, with all that lies between and around the elements; or, where a sum is involved, up
-// to `tolerance` of its elements.
+// Compares bit for bit, including the bytes between and around the elements. For sums, elements may
+// differ by up to `tolerance`.
 void check_same(const Tensor& got, const Tensor& wanted, const char* name, double tolerance = 0) {
   const auto size = static_cast<size_t>(item_size(got.dtype));
   for (size_t i = 0; i < got.bytes.size(); i += size) {
@@ -49,7 +50,7 @@ void check_same(const Tensor& got, const Tensor& wanted, const char* name, doubl
 void check_forward(const Call& start) {
   Call wanted = start;
   run_fwd_cpu(wanted.params(/*backward=*/false));
-  // a logit that is a dot product is added up in another order: some float roundings of it
+  // a linear gate's logit is a dot product in another order: it differs by some float roundings
   const DType compute = start.types.out == kF64 ? kF64 : kF32;
   const double dot = start.linear ? 400 * epsilon(compute) : 0;
   for (const unsigned seed : seeds) {
@@ -66,7 +67,7 @@ void check_forward(const Call& start) {
 
 // ---- backward ----
 
-// The kernels' workspace as it comes from earlier launches: tickets of 0, partials of no meaning.
+// The kernels' workspace as earlier launches leave it: tickets are 0, partial sums are garbage.
 struct Workspace {
   std::vector<double> data = std::vector<double>(kMaxWorkspaceBytes / 8 + 64, double(NAN));
   Workspace() {
@@ -82,7 +83,8 @@ struct Workspace {
   }
 };
 
-// Sum of |saved * T| over all rows, for the largest channel: bounds any sum of these products.
+// An upper bound for any sum of |saved * T|: the largest sum over all rows of one channel, times D
+// unless the gate varies by channel.
 double magnitude(const Call& call) {
   double largest = 0;
   for (int64_t d = 0; d < call.c.shape.dim; ++d) {
@@ -103,7 +105,7 @@ void check_backward(const Call& start) {
   const bool elementwise = start.is_streamed() && start.kind.by_channel;
   const DType compute = start.types.out == kF64 ? kF64 : kF32;
   const double bound = 2 * epsilon(compute) * magnitude(start);
-  // the sum may lie on the other side of where its own dtype rounds
+  // a small difference may round the sum the other way in its own dtype
   const double rounding = epsilon(start.c.gate) * magnitude(start);
   Workspace workspace;
   Tensor first_logit = start.grad_logit, first_bias = start.grad_bias;
@@ -149,7 +151,7 @@ void check_dot(const DotCall& start) {
 void test_scaled_dot() {
   for_each_dot(check_dot);
   seeds = {0, 1};
-  // more packs than blocks may hold a partial sum of: threads loop
+  // more packs than the largest grid handles in one pass: threads loop
   check_dot(DotCall({{8, 600, 32, 14}, packed, heads_first}, {kF32, kBF16}, kF32));
   check_dot(DotCall({{5, 300, 32, 45}, dense, gaps}, {kBF16, kBF16}, kF64));
 }
@@ -157,7 +159,7 @@ void test_scaled_dot() {
 // ---- divide_rows ----
 
 struct DivideCase {
-  int64_t rows, columns, divided;  // rows that are divided
+  int64_t rows, columns, divided;  // divided: how many of the rows, from the first on
   int64_t offset;                  // elements from an aligned address
 };
 constexpr DivideCase kDivideCases[] = {
@@ -166,7 +168,7 @@ constexpr DivideCase kDivideCases[] = {
     {300, 4, 100, 2}, {192, 64, 64, 0}, {768, 33, 256, 0},
 };
 
-// Weight, bias and the temperature as one row each, after as many guards as `offset` says.
+// One row, for a weight, a bias or a temperature, `offset` elements after an aligned address.
 Tensor flat(int64_t size, int64_t offset, DType dtype, unsigned seed) {
   return Tensor({1, 1, size}, {0, 0, 1, offset}, dtype, seed);
 }
@@ -199,7 +201,7 @@ void check_divide(const DivideCase& c, DType from, DType to, DType temperature_d
   const double t = wanted.clamped.at(0, 0, 0);
   for (int64_t i = 0; i < size; ++i) {
     const double exact = start.weight.at(0, 0, i) / (i < c.divided * c.columns ? t : 1);
-    // half an ulp, and of a 16-bit type that of float32 before it
+    // half an ulp; a 16-bit type adds half an ulp of float32, to which it is rounded first
     const double ulp = epsilon(to) + (item_size(to) == 2 ? epsilon(kF32) : 0);
     const double bound = ulp / 2 * std::fabs(exact) + (to == kF16 ? 0x1.01p-25 : 0);
     CHECK(std::fabs(wanted.new_weight.at(0, 0, i) - exact) <= bound, "element %d: %g, not %g",
@@ -255,7 +257,7 @@ void test_many_blocks() {
   }
 }
 
-// ---- parts of the kernels, and of what runs them ----
+// ---- parts of the kernels, and of cuda_on_cpu ----
 
 template <class Kernel, class... Args>
 void run(unsigned blocks, Kernel kernel, Args... args) {
@@ -346,7 +348,7 @@ int main(int argc, char** argv) {
   return run_law(argc, argv,
                  {
                      {"machine", test_machine},
-                     {"divergence", test_divergence},  // fails, with a message
+                     {"divergence", test_divergence},  // must fail, with a message
                      {"sums", test_sums},
                      {"forward", test_forward},
                      {"backward", test_backward},

@@ -9,7 +9,7 @@ namespace {
 
 // ---- oracles, in double ----
 
-// A 16-bit float with `exponent_bits` and the rest mantissa, from its definition.
+// Decodes a 16-bit float by its definition: sign, `exponent_bits`, the rest is mantissa.
 double decode(uint16_t bits, int exponent_bits) {
   const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = (bits & 0x7fff) >> mantissa_bits;
@@ -46,15 +46,14 @@ void check_conversions() {
           wanted);
     CHECK(narrow<T>(widen(stored)).bits == bits, "%04x does not come back", bits);
   }
-  // between neighbours a < b: the midpoint goes to the even one, what lies beside it to the nearer
-  // one
+  // between neighbours a < b: the midpoint rounds to the even one, other values to the nearer one
   for (uint32_t bits = 0; decode(static_cast<uint16_t>(bits), kExponentBits) < INFINITY; ++bits) {
     const double a = decode(static_cast<uint16_t>(bits), kExponentBits);
     double b = decode(static_cast<uint16_t>(bits + 1), kExponentBits);
     if (std::isinf(b)) b = a + (a - decode(static_cast<uint16_t>(bits - 1), kExponentBits));
     const auto middle = static_cast<float>((a + b) / 2);
     if (static_cast<double>(middle) != (a + b) / 2)
-      continue;  // float32 can't tell (bfloat16 subnormals)
+      continue;  // not a float32 (bfloat16 subnormals)
     const uint32_t even = bits % 2 == 0 ? bits : bits + 1;
     for (const float sign : {1.0f, -1.0f}) {
       const uint32_t sign_bit = sign < 0 ? 0x8000u : 0u;
@@ -108,7 +107,7 @@ void test_gate() {
   check_gate<double>(4 * 2.3e-16);
 }
 
-// The derivatives that backward uses, by finite differences of update().
+// The derivatives that backward uses equal finite differences of update().
 void test_update() {
   const double step = 1e-5, h = 0.7, x = -1.3, z = 0.4;
   for (const bool mix : {true, false}) {
@@ -135,14 +134,14 @@ void test_update() {
 
 constexpr double kSubnormal = 0x1p-24;  // step of the subnormal values of float16
 
-// What a value of this size, rounded to the types of the call, may be off.
+// The allowed error of a value of this size that is rounded to the types of the call.
 double bound_of(const Call& call, double size) {
   const bool has_half = call.types.out == kF16 || call.types.in == kF16;
   return 4 * (epsilon(call.types.out) + epsilon(call.types.in) + epsilon(kF32)) * size +
          (has_half ? kSubnormal : 0);
 }
 
-// Nothing beside the elements was written, and they only where that was asked for.
+// Checks that only the elements were written, and nothing at all unless `wanted`.
 void check_written(const Tensor& after, const Tensor& before, bool wanted, const char* name) {
   check_untouched(after, before, name);
   CHECK(wanted || after.bytes == before.bytes, "%s was written, unasked", name);
@@ -248,7 +247,7 @@ void test_tasks() {
   }
 }
 
-// Longer rows, where a gate is one for a sample and nothing lies between its rows.
+// Rows are joined if a sample has one gate and no gaps between its rows.
 void test_joined_rows() {
   for (const Kind& kind : kKinds) {
     for (const auto layout : {sequence, padded}) {
@@ -260,7 +259,7 @@ void test_joined_rows() {
       CHECK(joined.length * joined.dim == p.length * p.dim, "%d elements", int(joined.dim));
       const Rows before[] = {p.h, p.x, p.saved, p.carrier};
       const Rows after[] = {joined.h, joined.x, joined.saved, joined.carrier};
-      for (int i = 0; i < 4; ++i) {  // element d of row r is where it was
+      for (int i = 0; i < 4; ++i) {  // each element stays in place
         for (int64_t k = 0; k < p.length * p.dim; k += 256) {
           const auto at = [&](const PromptGateParams& params, const Rows& rows) {
             return offset_of(rows, {1, k / params.dim}) + k % params.dim * rows.channel_stride;
@@ -284,7 +283,7 @@ Rows rows_of(const View& view, DType dtype) {
           view.layout.channel, dtype};
 }
 
-// How often the loops of the kernels by packs come to each pack of each sample.
+// How often the loops of the kernels by packs visit each pack of each sample.
 std::vector<int> visits_of(const PromptGateParams& p, const LaunchPlan& plan, bool backward) {
   const int64_t packs = plan.rows * plan.packs_per_row;
   const int64_t threads = plan.threads;
@@ -305,8 +304,8 @@ std::vector<int> visits_of(const PromptGateParams& p, const LaunchPlan& plan, bo
   return visits;
 }
 
-// Every pack of every sample is visited once, lies at the elements it stands for in each tensor,
-// and is aligned there.
+// Checks that every pack of every sample is visited once, and that in each tensor it starts at the
+// right element and is aligned.
 void check_plan(const PromptGateParams& p, int wanted_vector, bool backward) {
   const LaunchPlan plan = plan_launch(p, backward);
   CHECK(plan.mapping == Mapping::kPacks, "mapping");
@@ -342,9 +341,9 @@ void check_plan(const PromptGateParams& p, int wanted_vector, bool backward) {
 void test_plan() {
   struct PlanCase {
     Shape shape;
-    View odd;  // of one tensor; the others are plain
+    View odd;  // layout of one tensor; the others are plain
     DType dtype;
-    int vector;  // wanted
+    int vector;  // expected
   };
   const auto at256 = [](Layout layout) { return View{layout, 256}; };
   const DType half = DType::kBFloat16, single = DType::kFloat32;
@@ -352,7 +351,7 @@ void test_plan() {
       {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), half, 8},
       {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), single, 4},
       {{64, 50, 768}, at256({247 * 768, 768, 1, 0}), DType::kFloat64, 2},
-      {{2, 10, 12}, {{240, 12, 1, 0}, 256 + 24}, half, 2},  // the first row 24 bytes in
+      {{2, 10, 12}, {{240, 12, 1, 0}, 256 + 24}, half, 2},  // the first row at byte 24
       {{2, 10, 12}, at256({240, 12, 1, 0}), half, 8},       // one run of 120 elements
       {{2, 10, 12}, at256({242, 12, 1, 0}), half, 2},       // only the samples are misaligned
       {{2, 10, 12}, at256({241, 12, 1, 0}), half, 1},
@@ -366,7 +365,7 @@ void test_plan() {
   };
   for (const PlanCase& c : plan_cases) {
     const View plain{{c.shape.length * c.shape.dim, c.shape.dim, 1, 0}, 512};
-    for (int which = 0; which < 2; ++which) {  // out and in; saved is always plain
+    for (int which = 0; which < 2; ++which) {  // h is odd, then x; saved is always plain
       for (const bool backward : {false, true}) {
         float grad_logit = 0;
         PromptGateParams p{};
@@ -379,8 +378,7 @@ void test_plan() {
       }
     }
   }
-  // the pack is one that the kernels of both dtypes have, also where the gradient of x is not
-  // wanted
+  // the kernels of both dtypes must have this pack width, even if the gradient of x is not wanted
   for (const DType out : {single, half}) {
     for (const DType in : {single, half}) {
       PromptGateParams p{};
@@ -390,7 +388,7 @@ void test_plan() {
       CHECK(plan_launch(p, true).vector == (out == single && in == single ? 4 : 8), "mixed dtypes");
     }
   }
-  // positions beyond 2^31 and 2^32 elements: by the stride, by the run, by a row
+  // positions beyond 2^31 and 2^32 elements, by a large stride, a long run, a large row index
   const int64_t big = (int64_t{1} << 33) + 8;
   const Rows wide = rows_of(at256({0, big, 1, 0}), half), run = rows_of(at256({0, 8, 1, 0}), half);
   CHECK(pack_offset({Mapping::kPacks, kThreads, 1, 1, 1, 8, 4, 1}, wide, 3) == 3 * big,
@@ -406,8 +404,8 @@ void test_plan() {
   CHECK(row.b == big - 1 && row.p == 2, "rows beyond 2^32");
 }
 
-// Each gate by its mapping; every row of a segment once; sums within the workspace, a ticket for
-// each that blocks share, and all blocks that share one in one row of the grid.
+// Each kind of gate has its mapping. Every row of a segment is visited once. Partial sums fit into
+// the workspace. Each sum that blocks share has a ticket, and these blocks are in one grid row.
 void test_segments() {
   for (const Kind& kind : kKinds) {
     for (const Shape s : {Shape{64, 50, 768}, Shape{256, 200, 768}, Shape{3, 7, 33}, Shape{1, 1, 1},

@@ -8,7 +8,7 @@
 
 namespace {
 
-// The derivative of sum(g * q / temperature), by finite differences.
+// The gradient equals finite differences of sum(g * q / temperature).
 void test_formula() {
   const double q = 1.7, g = -0.6, step = 1e-6;
   for (const double t : {0.01, 0.7, 1.0, -2.0, 10.0}) {
@@ -38,7 +38,7 @@ int dimensions_of(const ScaledDotParams& p) {
   return static_cast<int>(std::count_if(p.size, p.size + 4, [](int64_t n) { return n != 1; }));
 }
 
-// The same elements meet, whatever the layouts; and what is known to be one run is one.
+// For all layouts the same elements are multiplied; known layouts merge to known dimensions.
 void test_coalesce() {
   for_each_dot([](DotCall call) {
     ScaledDotParams before = call.params();
@@ -155,14 +155,14 @@ void test_plan() {
   for (const auto& k : known) {
     DotCall call({{3, 7, 4, k.dim}, k.a, k.b}, k.types, kF32);
     ScaledDotParams p = call.params();
-    for (DotOperand* x : {&p.a, &p.b}) {  // never read
+    for (DotOperand* x : {&p.a, &p.b}) {  // an address that is never read
       const int64_t offset = x == &p.a ? call.a.layout.offset : call.b.layout.offset;
       x->data = reinterpret_cast<void*>(256 + offset * item_size(x->dtype));
     }
     CHECK(plan_scaled_dot(coalesce(p)).vector == k.vector, "vector %d, not %d",
           plan_scaled_dot(coalesce(p)).vector, k.vector);
   }
-  // positions beyond 2^32: by a stride, by the number of packs, by the number of rows
+  // positions beyond 2^32, by a large stride, many packs, many rows
   const int64_t big = (int64_t{1} << 33) + 1;
   ScaledDotParams p{};
   p.size[0] = 2, p.size[1] = 3, p.size[2] = big, p.size[3] = 8;

@@ -20,11 +20,11 @@
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;  // touched only as far as it is used
+constexpr size_t kStackBytes = 256 * 1024;  // uses memory only where it is touched
 
-// Runs one CUDA thread after the other, for ever. ucontext starts it; from then on setjmp and
-// longjmp switch: swapcontext makes a system call each time and is ten times slower here. The
-// address sanitizer, which knows one stack, warns of that once and goes on.
+// Runs one CUDA thread after the other, forever. ucontext starts a fiber. From then on setjmp and
+// longjmp switch to and from it, because swapcontext makes a system call each time and is ten times
+// slower here. The address sanitizer knows only one stack; it warns once and continues.
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool started = false;
@@ -40,8 +40,8 @@ ucontext_t start_context;
 const std::function<void()>* thread_body;
 std::mt19937 random;
 
-// Values in exchange between the lanes of the warp that runs. Two sets: a lane may post its next
-// value before others have read this one.
+// Values that the lanes of the running warp exchange. There are two sets, because a lane may post
+// its next value before other lanes have read the current one.
 uint64_t posted[2][kWarp];
 unsigned round_of_warp;
 
@@ -86,7 +86,7 @@ void resume(Fiber& fiber) {
 
 // ---- warps, blocks, grids ----
 
-// 0 .. count-1, in the order in which they are to run.
+// 0 .. count-1, in the order in which to run them.
 std::vector<unsigned> draw_order(unsigned count) {
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0u);
@@ -107,15 +107,15 @@ void check_same_stop(unsigned thread, unsigned other) {
   fail("%s; %s", describe(thread).c_str(), describe(other).c_str());
 }
 
-// What an earlier block left in shared memory must not be taken for this one's. It is all that is
-// thread_local in the executable.
+// Overwrites shared memory, so that a block can't use what an earlier one left there. Shared memory
+// is everything thread_local in the executable.
 void spoil_shared_memory() {
   const auto spoil = [](dl_phdr_info* info, size_t, void*) {
     for (int i = 0; i < info->dlpi_phnum; ++i) {
       const auto& segment = info->dlpi_phdr[i];
       if (segment.p_type == PT_TLS) std::memset(info->dlpi_tls_data, 0xff, segment.p_memsz);
     }
-    return 1;  // the executable comes first; no other object
+    return 1;  // stop after the executable, which comes first
   };
   dl_iterate_phdr(spoil, nullptr);
 }
@@ -162,7 +162,7 @@ cudaError_t launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
       threads > 1024 || block.z > 64 || threads % kWarp != 0) {
-    return cudaErrorInvalidConfiguration;  // the last: the kernels use whole warps
+    return cudaErrorInvalidConfiguration;  // partial warps: not an error in CUDA, but here
   }
   gridDim = grid, blockDim = block, thread_body = &thread;
   random.seed(seed);

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of CUDA that the kernels use, on one CPU thread: tests run every line of device code
-// without a GPU. Put before the real headers on the include path; any C++17 compiler that has
-// __builtin_LINE (GCC, clang) then compiles a .cu whose launches are written cudaLaunchKernelEx.
+// The part of CUDA that the kernels use, on one CPU thread, so that tests run every line of device
+// code without a GPU. If this folder comes before the real headers on the include path, any C++17
+// compiler with __builtin_LINE (GCC, clang) compiles a .cu that launches by cudaLaunchKernelEx.
 //
 // Blocks run one after the other. The threads of a block are fibers: each runs until it reaches a
-// barrier or a warp collective, so what may go wrong in between depends on the order in which they
-// run, and `seed` chooses that order. Stricter than a GPU, so that nothing unusual passes: all
-// threads of a block must reach each __syncthreads, and all lanes of a warp each warp collective,
-// in the same line of the source; anything else is reported and ends the program. Shared memory is
-// garbage when a block starts.
+// barrier or a warp collective. A bug such as a missing barrier therefore shows only in some orders
+// of the threads, and `seed` chooses the order. The rules are stricter than on a GPU: all threads
+// of a block must reach each __syncthreads, and all lanes of a warp each warp collective, in the
+// same source line; anything else is reported and ends the program. Shared memory contains garbage
+// when a block starts.
 //
-// It can't find what needs threads that truly run at once: a missing fence, a race between blocks.
+// Bugs that need threads which really run in parallel are not found: a missing fence, a race
+// between blocks.
 #pragma once
 
 #include <cmath>
@@ -24,7 +25,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // one block runs at a time; thread_local: all in one place
+#define __shared__ static thread_local  // one block runs at a time; thread_local: in one segment
 
 // ---- types ----
 
@@ -52,20 +53,20 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace cuda_on_cpu {
 
-// 0: blocks, warps and lanes run in ascending order. Else: an order drawn for each launch, and anew
-// after each barrier.
+// 0: blocks, warps and lanes run in ascending order. Otherwise the order is random; it is drawn at
+// each launch, and again after each barrier.
 inline unsigned seed = 0;
 
 constexpr unsigned kWarp = 32;
 
-// A line of the source at which threads wait for each other.
+// A source line at which threads wait for each other.
 struct Site {
   const char* call;
   bool whole_block;
   const char* file;
   int line;
 
-  // as a default argument: the line of the call
+  // used as a default argument, this gives the line of the call
   static Site of(const char* call, const char* file = __builtin_FILE(),
                  int line = __builtin_LINE()) {
     return {call, false, file, line};
@@ -78,7 +79,7 @@ struct Site {
 
 void wait(const Site& site);
 
-// What `lane` passes to the same call, as 8 bytes.
+// Returns the 8 bytes that `lane` passes to the same call.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const Site& site);
 
 template <class T>
