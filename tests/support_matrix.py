@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support matrix of README.md, from what the tests ran.
+"""Writes the support matrix of docs/status.md from reports of test runs.
 
     pytest tests --rows=REPORT.jsonl
-    python tests/support_matrix.py README.md REPORT.jsonl [REPORT.jsonl ...]
+    python tests/support_matrix.py docs/status.md REPORT.jsonl [REPORT.jsonl ...]
 
-Reports of one torch, such as those of a machine without a GPU and of one with it, are one: a test
-passed if it did in one of them. A name stands in a row with the number of tests that passed with it
-under the first torch; where all were skipped, as "not run".
+Reports of the same torch version are merged, such as the reports of a machine with a GPU and one
+without: a test passed if it passed in any of them. A row lists each name with the number of its
+tests that passed under the first torch version, or "not run" if all were skipped.
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-ROWS = {  # row: (file of tests, pattern of a test's name, whose group is the name in the row)
+ROWS = {  # row: (test file, pattern of a test's name; its group is the name in the row)
     "methods": ("test_parity", r"equals?_.*'method': '([\w-]+)'"),
     "backbones (timm `VisionTransformer`, `Eva`)": (
         "test_parity",
@@ -34,11 +34,11 @@ ROWS = {  # row: (file of tests, pattern of a test's name, whose group is the na
     "devices": ("test_prompt_gate", r"(cpu|cuda)"),
     "compilers": ("test_vit", r"compiled_model.*(inductor|aot_eager)"),
 }
-START, END = "<!-- support matrix: make support -->", "<!-- end of the support matrix -->"
+START, END = "<!-- support matrix: make report -->", "<!-- end of the support matrix -->"
 
 
 def read(report):
-    """[(torch's version, [(file, test, whether it passed)])], one for each run in the file"""
+    """Returns [(torch version, [(file, test, has passed)])], one for each run in the report."""
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     ran = [row for row in rows if row.get("outcome") in ("passed", "failed")]
     last = {row.get("id"): row["outcome"] for row in ran}
@@ -47,7 +47,7 @@ def read(report):
         if "command" in row:
             runs.append((row["torch"], []))
         elif row.get("id", "").startswith("tests/"):
-            if last.get(row["id"]) == "failed":  # and has not passed since
+            if last.get(row["id"]) == "failed":  # and did not pass in a later run
                 sys.exit(f"support: {row['id']} has failed in {report}")
             path, _, name = row["id"].partition("::")
             runs[-1][1].append((Path(path).stem, name, row["outcome"] == "passed"))
@@ -55,7 +55,7 @@ def read(report):
 
 
 def joined(reports):
-    """The same with one for each torch."""
+    """Merges the entries of each torch version."""
     by_torch = defaultdict(dict)
     for torch, tests in reports:
         of = by_torch[torch]
@@ -69,24 +69,23 @@ def joined(reports):
 
 def table(reports):
     reports = joined(reports)
-    passed, seen = defaultdict(Counter), defaultdict(dict)
+    passed = defaultdict(Counter)
     for file, name, has_passed in reports[0][1]:
         for row, (wanted, pattern) in ROWS.items():
             match = re.search(pattern, name) if file == wanted else None
             if match:
-                seen[row][match[1]] = True
                 passed[row][match[1]] += has_passed
     lines = ["| | with the number of tests that passed |", "| --- | --- |"]
     for row in ROWS:
-        names = (f"{n} ({passed[row][n] or 'not run'})" for n in seen[row])
+        names = (f"{n} ({passed[row][n] or 'not run'})" for n in sorted(passed[row]))
         lines.append(f"| {row} | {', '.join(names)} |")
     totals = (f"{torch} ({sum(passed for *_, passed in tests)})" for torch, tests in reports)
     return [*lines, f"| torch | {', '.join(totals)} |"]
 
 
 if __name__ == "__main__":
-    readme, *reports = sys.argv[1:]
-    text = Path(readme).read_text()
+    page, *reports = sys.argv[1:]
+    text = Path(page).read_text()
     before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
     made = "\n".join(table([run for report in reports for run in read(Path(report))]))
-    Path(readme).write_text(f"{before}\n{made}\n{after}")
+    Path(page).write_text(f"{before}\n{made}\n{after}")
