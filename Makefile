@@ -21,9 +21,9 @@ export GATED_PROMPT_WERROR ?= $(CI)
 .PHONY: demo test test-sse neighbours bench gpu gpu-more rehearsal report guard lint format clean build
 .DELETE_ON_ERROR:
 
-# The environment: torch as chosen, then everything else with this torch. Made again when TORCH changes.
+# The environment: torch as chosen, then everything else with this torch. Made again if TORCH changes.
 CHOSEN = $(VENV)/chosen-$(subst /,_,$(subst $() ,_,$(TORCH)))
-$(CHOSEN): pyproject.toml
+$(CHOSEN):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) "$(TORCH)"
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
