@@ -475,14 +475,17 @@ def test_what_could_not_be_loaded_is_not_saved(change, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_state_that_is_no_tensor_is_refused():
-    class Head(nn.Linear):
+@pytest.mark.parametrize("place", ["head", "backbone.blocks.1.mlp.fc1"])
+def test_state_that_is_no_tensor_is_refused(place):
+    class Layer(nn.Linear):
         def get_extra_state(self):
             return {"epoch": 3}
 
     model = gp.wrap(small_vit(), "gpt", num_prompts=4)
-    model.head = Head(36, 5)
-    with pytest.raises(ValueError, match=r"must be tensors, got extra state of 'head'; save model"):
+    parent, _, name = place.rpartition(".")
+    old = model.get_submodule(place)
+    setattr(model.get_submodule(parent), name, Layer(old.in_features, old.out_features))
+    with pytest.raises(ValueError, match=rf"must be tensors, got extra state of '{place}'; save"):
         gp.tuned_state_dict(model)
 
 

@@ -876,6 +876,7 @@ def test_bad_models_get_their_error():
     ):
         gp.wrap(odd)
     assert all(p.requires_grad for p in odd.parameters())
+    gp.wrap(odd, temperature=1.0)  # divides nothing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `wrap`: each checked by itself, then with the backbone and with each other."""
+"""The options of `wrap`. Each is checked by itself, then with the backbone and the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAST_BLOCK = ("auto", "all-rows", "pooled-rows")
 
 @dataclasses.dataclass(frozen=True)
 class WrapOptions:
-    """What `wrap` was given, without vit and init_images; its docstring says what each means.
+    """The arguments of `wrap`, without vit and init_images. See `wrap` for their meaning.
 
     Raises:
         TypeError, ValueError: an option has a wrong type, is unknown or out of range.
@@ -96,16 +96,18 @@ class WrapOptions:
 
     @property
     def tuned_blocks(self) -> int:
-        """k of the method "partial-k", else 0."""
+        """k of the method "partial-k", 0 for the other methods."""
         is_partial = self.method.startswith("partial-")
         return int(self.method.removeprefix("partial-")) if is_partial else 0
 
     def resolved(self, vit: nn.Module, has_images: bool) -> WrapOptions:
-        """The options for `vit`, with a value in the place of each None and "auto".
+        """Returns the options for `vit`: pool, gated_blocks and last_block have values instead of
+        None and "auto"; num_prompts, gated_blocks and temperature are 0 or False if `method` does
+        not use them.
 
         Raises:
-            TypeError: a block or an attention of vit is not one of timm's that an option needs.
-            ValueError: an option does not go with vit or with another option.
+            TypeError: an option needs another kind of block or attention than vit has.
+            ValueError: an option does not fit vit or another option.
         """
         depth, method = len(vit.blocks), self.method
         if self.has_prompts and self.num_prompts < 1:
@@ -176,9 +178,10 @@ class WrapOptions:
                 raise TypeError(
                     f"wrap: memory={self.memory!r} and last_block={last_block!r} need timm's "
                     f"Block or EvaBlock, got {type(block).__module__}.{type(block).__name__}; "
-                    "memory='default' and last_block='all-rows' take any"
+                    "memory='default' and last_block='all-rows' work with any block"
                 )
-        is_tempered = self.method.startswith("gpt") and self.temperature is not False
+        has_temperature = self.temperature is True or self.temperature not in (False, 1.0)
+        is_tempered = self.method.startswith("gpt") and has_temperature
         for block in (
             vit.blocks if is_tempered or self.attention not in ("auto", "sdpa") else pooled
         ):
@@ -187,8 +190,9 @@ class WrapOptions:
                 raise TypeError(
                     "wrap: attn of each block must be a timm.layers.Attention or AttentionRope, or "
                     "a timm.models.eva.EvaAttention, for a temperature (temperature=False: none), "
-                    f"an attention= and pooled rows, got {type(attn).__module__}."
-                    f"{type(attn).__name__}; shard and replace it after wrap"
+                    "attention='xformers' or 'math', and last_block='pooled-rows', got "
+                    f"{type(attn).__module__}.{type(attn).__name__}; shard or replace attn after "
+                    "wrap"
                 )
 
 
@@ -203,19 +207,19 @@ def _default_pool(vit: nn.Module) -> str:
     if getattr(vit, "pool_include_prefix", False):
         raise ValueError(
             f"wrap: pool must be one of {POOLS}, got None, for a backbone with "
-            "pool_include_prefix=True, whose pool has the class token among the patches"
+            "pool_include_prefix=True, whose pool includes the class token in the mean"
         )
     if vit.global_pool == "avg" and isinstance(vit.norm, nn.Identity):
         return "patch"
     raise ValueError(
         f"wrap: pool must be one of {POOLS}, got None, for a backbone with global_pool="
         f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}, which norms before it "
-        "pools; here the norm comes after"
+        "pools; wrap norms after the pool"
     )
 
 
 def _is_known(block: nn.Module) -> bool:
-    """Whether it is x + scale(attn(norm1(x))), then x + scale(mlp(norm2(x)))."""
+    """True if the block computes x + scale(attn(norm1(x))), then x + scale(mlp(norm2(x)))."""
     return type(uncompiled(block)) in PRE_NORM_BLOCKS
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was tuned, as a dict of tensors."""
+"""The tuned parameters and buffers as a dict of tensors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from gated_prompt.vit.wrapping import unpatched_name
 
 
 def tuned_state_dict(model: GatedPromptViT) -> dict[str, Tensor]:
-    """What was tuned, by the names of `model.tuned_parameters()`, and the buffers (of a BatchNorm)
-    beside it; detached, not copied."""
+    """Returns the tuned parameters, named as in `model.tuned_parameters()`, and the buffers that
+    belong to them, for example of a BatchNorm. The tensors are detached, not copied."""
     check_model("tuned_state_dict", model)
     return {name: parameter.detach() for name, parameter in tuned_tensors(model).items()}
 
 
 @torch.no_grad()
 def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) -> None:
-    """Copies what `tuned_state_dict` gave into a model that was wrapped alike.
+    """Copies `state`, from `tuned_state_dict`, into a model that was wrapped with the same options.
 
     Raises:
-        CheckpointError: a tensor missing, unexpected or of another shape: the model has another
-            method, gate, number of prompts or classes. It is as it was.
+        CheckpointError: a tensor is missing, unexpected or of another shape, because the model has
+            another method, gate, number of prompts or classes. The model is not changed.
+        TypeError: a value of state is not a tensor, or model is not what `wrap` returned.
     """
     check_model("load_tuned_state_dict", model)
     targets, problems = tuned_tensors(model), []
@@ -57,41 +58,44 @@ def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) ->
 def check_model(who: str, model) -> None:
     if not isinstance(model, GatedPromptViT):
         raise TypeError(
-            f"{who}: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
-            f"or .module), got {type(model).__name__}"
+            f"{who}: model must be what wrap returned (for a compiled or parallel model: its "
+            f"._orig_mod or .module), got {type(model).__name__}"
         )
     model.require_wrapped(who)
 
 
 def tuned_tensors(model: GatedPromptViT) -> dict[str, Tensor]:
-    """`model.tuned_parameters()`, and what the wrapper and the user have added even where it is
-    frozen; with the state that is no parameter: of what was added, and of the modules of the
-    backbone that have tuned parameters or that track statistics."""
+    """Returns the tensors that `tuned_state_dict` saves.
+
+    Outside the backbone these are all parameters and buffers, frozen ones too. In the backbone
+    they are the tuned parameters, and the buffers for which `_is_with_what_is_tuned` is True.
+    """
     tuned = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        owner, _, last = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         if name.startswith("backbone."):
             is_ours = (
                 tensor.requires_grad
                 if isinstance(tensor, nn.Parameter)
-                else _is_beside_what_is_tuned(model, owner)
+                else _is_with_what_is_tuned(model, owner)
             )
         else:
             is_ours = True
-            if last == "_extra_state":
-                raise ValueError(
-                    f"tuned_state_dict: the state of a model must be tensors, got extra state of "
-                    f"{owner!r}; save model.state_dict()"
-                )
+        if is_ours and not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"tuned_state_dict: the state of a model must be tensors, got extra state of "
+                f"{owner!r}; save model.state_dict() instead"
+            )
         if is_ours:
             tuned[unpatched_name(name)] = tensor
     return tuned
 
 
-def _is_beside_what_is_tuned(model: nn.Module, owner: str) -> bool:
-    """Whether a buffer's owner tracks statistics, or is in a module with something tuned."""
+def _is_with_what_is_tuned(model: nn.Module, owner: str) -> bool:
+    """True if the buffers of the module `owner` are saved: it tracks statistics, or the innermost
+    module around them that has parameters has a tuned one."""
     module = model.get_submodule(owner)
-    if type(module).__module__.startswith("timm."):  # constants
+    if type(module).__module__.startswith("timm."):  # its buffers are constants
         return False
     if hasattr(module, "track_running_stats"):
         return True
