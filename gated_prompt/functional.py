@@ -208,11 +208,11 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
     if len(gate) == 2:  # ATen ops read these tensors and do not check for freed storage
         named = zip(("block_out", "weight", "bias"), (block_out, *gate), strict=True)
         require_storage(op, **{name: t for name, t in named if t is not None})
-    has_kernel = block_out.dtype == rows.dtype or (
+    takes_both = block_out.dtype == rows.dtype or (
         torch.float64 not in (block_out.dtype, rows.dtype)
         and torch.float32 in (block_out.dtype, rows.dtype)
     )
-    if not has_kernel:  # float64 with another dtype, or float16 with bfloat16: rare
+    if not takes_both:  # float64 with another dtype, or float16 with bfloat16: rare
         require_storage(op, block_in=rows)
         dtype = torch.float64 if block_out.dtype == torch.float64 else torch.float32
         rows = rows.to(dtype)
@@ -227,10 +227,10 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
         out = PromptGateFunction.apply(*arguments, grads and gate[0].requires_grad)
     else:
         save_rows = grads and gate[0].requires_grad
-        of_bias = gate[1] is not None and gate[1].requires_grad
-        save = save_rows or (grads and (block_out.requires_grad or of_bias))
-        of_rows = rows.requires_grad or (carrier is not None and carrier.requires_grad)
-        saves = (save or (grads and of_rows), save, save_rows)
+        needs_bias = gate[1] is not None and gate[1].requires_grad
+        save = save_rows or (grads and (block_out.requires_grad or needs_bias))
+        needs_rows = rows.requires_grad or (carrier is not None and carrier.requires_grad)
+        saves = (save or (grads and needs_rows), save, save_rows)
         out = PromptGateLinearFunction.apply(*arguments, saves)
     if carrier is None or carries:
         return out

@@ -489,7 +489,7 @@ def test_files_of_two_saves_do_not_go_together(saved, tmp_path):
     folder, _ = saved
     save_tuned(tuned_model(seed=5), tmp_path / "other", class_names=BIRDS)
     os.replace(tmp_path / "other" / TENSORS, folder / TENSORS)
-    with pytest.raises(CheckpointError, match="does not go with"):
+    with pytest.raises(CheckpointError, match="does not match config"):
         load_tuned(folder, small_vit())
 
 
@@ -592,7 +592,7 @@ def test_every_field_of_the_config_is_needed(saved, name):
         ("architecture", "hf-hub:evil/model", "name must be one of timm's models"),
         ("architecture", "local-dir:/tmp/evil", "name must be one of timm's models"),
         ("architecture", "../../evil", "name must be one of timm's models"),
-        ("architecture", "resnet18", "can't be had here"),
+        ("architecture", "resnet18", "can't be built here"),
         ("facts/img_size", [10**9, 10**9], "img_size must be two sides"),
         ("facts/img_size", "big", "img_size must be two sides"),
         ("facts/img_size", [], "img_size must be two sides"),

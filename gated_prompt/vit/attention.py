@@ -165,7 +165,7 @@ def _folded(weight, bias, temperature, rows, dtype):
     temperature, and the clamped temperature. Each element is rounded once."""
     if not isinstance(temperature, Tensor) and temperature == 1:
         return weight.to(dtype), None if bias is None else bias.to(dtype), 1.0
-    if _has_kernel(weight, bias, temperature, dtype):
+    if _divide_rows_applies(weight, bias, temperature, dtype):
         low, high = TEMPERATURE_RANGE
         weight, new_bias, tau = divide_rows(weight, bias, temperature, rows, low, high, dtype)
         return weight, None if bias is None else new_bias, tau
@@ -179,7 +179,7 @@ def _folded(weight, bias, temperature, rows, dtype):
     return *results, tau
 
 
-def _has_kernel(weight, bias, temperature, dtype) -> bool:
+def _divide_rows_applies(weight, bias, temperature, dtype) -> bool:
     """True if `divide_rows` supports these inputs. False for compilers, which fuse the aten ops."""
     if torch.compiler.is_compiling() or not isinstance(temperature, Tensor):
         return False

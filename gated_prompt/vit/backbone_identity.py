@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what a backbone is recognised when a tuned file is loaded into it: facts and digests."""
+"""Facts and digests that identify a backbone, to check it when a tuned file is loaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _ROPE = (
 
 
 def describe(tensor: Tensor) -> str:
-    """dtype, shape and SHA-256 of a tensor's bytes, wherever it lies; of a quantised one, of the
-    tensors that it is made of."""
+    """Returns "dtype shape sha256" of a tensor on any device. For a subclass around other tensors,
+    for example a quantised one: its class name, its shape, and a digest over these tensors."""
     if hasattr(type(tensor), "__tensor_flatten__"):  # a subclass around other tensors
         parts = [describe(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -34,8 +34,12 @@ def describe(tensor: Tensor) -> str:
 
 
 def identity_of(vit: nn.Module, tuned: Mapping) -> dict:
-    """What tells a backbone from others: as timm has it, but for `tuned` and its own unused head;
-    what the wrapper keeps in another dtype counts as it was."""
+    """Returns facts and digests that identify a backbone, as JSON types.
+
+    The digest is over the names and tensors that timm's model has, except those in `tuned` and
+    timm's own head, which is not used. Weights that frozen_dtype has narrowed are taken in their
+    original dtype.
+    """
     originals = originals_of(vit)
     state = {unpatched_name(f"backbone.{n}"): t for n, t in vit.state_dict(keep_vars=True).items()}
     lines = [
@@ -61,12 +65,12 @@ def identity_of(vit: nn.Module, tuned: Mapping) -> dict:
 
 
 def _facts(vit: nn.Module) -> dict:
-    """What of an architecture decides its results, most of which the tensors don't show."""
+    """Properties of an architecture that its results depend on; few of them show in the tensors."""
     block, embed, rope = uncompiled(vit.blocks[0]), vit.patch_embed, getattr(vit, "rope", None)
     attn = attention_of(block)
 
     def of_blocks(function):
-        """What all blocks have, or a list of what each has."""
+        """function(block), if all blocks have the same value; otherwise a list of all values."""
         found = [function(uncompiled(block)) for block in vit.blocks]
         return found[0] if all(each == found[0] for each in found) else found
 
@@ -96,7 +100,8 @@ def _facts(vit: nn.Module) -> dict:
 
 
 def differences_of(saved: dict, got: dict) -> str:
-    """In words; empty if there are none. The architecture first: it explains the rest."""
+    """Describes the differences of two identities; "" if there are none. Compares digests only if
+    the facts are equal, because another architecture explains other weights."""
     wanted, facts = saved["facts"], got["facts"]
     words = [
         f"{name}={wanted[name]!r}, got {facts.get(name)!r}"
@@ -106,7 +111,7 @@ def differences_of(saved: dict, got: dict) -> str:
     if not words and saved["frozen_sha256"] != got["frozen_sha256"]:
         (wanted, got) = (f"{i['architecture']}.{i['tag']}, {i['source']}" for i in (saved, got))
         words = [
-            f"frozen weights, or their names, with another SHA-256 ({wanted!r}), got {got!r}; put "
-            "adapters and the like on the backbone before load_tuned, as they were"
+            f"its frozen weights, or their names, had another SHA-256 ({wanted!r}), got {got!r}; "
+            "if the backbone had adapters when it was saved, add them before load_tuned"
         ]
     return "; ".join(words)

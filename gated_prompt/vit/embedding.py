@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a timm ViT does before its first block."""
+"""The part of a timm ViT before its first block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 def embed(vit: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """images [B, C, H, W] -> tokens that enter the first block [B, N, D], and timm's rotary
-    embeddings: one for all blocks (None: there is none), or one for each block."""
+    """images [B, C, H, W] -> the tokens [B, N, D] that enter the first block, and timm's rotary
+    embeddings: a list of one for all blocks (None if vit has none), or of one per block."""
     is_symbolic = isinstance(images, torch.fx.Proxy)
     if not is_symbolic and (images.dim() != 4 or not images.is_floating_point()):
         raise ValueError(
@@ -24,7 +24,7 @@ def embed(vit: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
             f"{images.shape[-1]}"
         )
     x, rope = vit._pos_embed(vit.patch_embed(images)), None
-    if isinstance(x, tuple):  # Eva's _pos_embed has dropped patches already
+    if isinstance(x, tuple):  # Eva's _pos_embed has already applied patch_drop
         x, rope = x
     else:
         x = vit.patch_drop(x)
@@ -33,8 +33,7 @@ def embed(vit: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
 
 
 def rope_with_prompts(rope: Tensor | None, num_prompts: int, at_start: bool) -> Tensor | None:
-    """rope [..., N, 2d], sines before cosines -> [..., P + N, 2d] with a rotation by 0 for each
-    prompt."""
+    """rope [..., N, 2d], sines before cosines -> [..., P + N, 2d]; prompts are rotated by 0."""
     if rope is None:
         return None
     still = torch.zeros_like(rope[..., :1, :])

@@ -66,8 +66,8 @@ def _dinov2(tensors: dict, vit: nn.Module, notes: list) -> dict:
 def _has_positions(tensors: Mapping, slow_first: bool) -> bool:
     """True if pos_embed is the fixed one of MoCo v3 (slow_first) or of MAE, up to rounding.
 
-    A row is the sines and cosines of one patch coordinate, then those of the other coordinate. MoCo
-    v3 begins with the coordinate that varies slowest over the patches, MAE with the one that varies
+    A row is the sines and cosines of one patch coordinate, then of the other coordinate. MoCo v3
+    begins with the coordinate that varies slowest over the patches, MAE with the one that varies
     fastest. The class token's row is zero.
     """
     positions = tensors.get("pos_embed")
@@ -208,8 +208,8 @@ LAYOUTS = (
 )
 # fmt: on
 
-# (a pattern for the place of an encoder that makes `which` a choice, {which: pattern for the place
-# of that encoder}). The first is the default.
+# (pattern, {which: pattern for the place of that encoder}). If an encoder's place matches the first
+# pattern, the user may choose with `which`. The first `which` is the default.
 _CHOICES = (
     (_MOCO, {"base": r".*base_encoder\.$", "momentum": r".*momentum_encoder\.$"}),
     (r"(teacher|student)/", {"teacher": r"teacher/", "student": r"student/"}),
@@ -224,7 +224,7 @@ _EMA_NOTES = {
     "raw": "the weights that are not the EMA; which='ema' loads the EMA",
 }
 
-# The prefix is all that comes before one of these names: module. from DDP, _orig_mod. from
+# An encoder's prefix is everything before one of these names: module. from DDP, _orig_mod. from
 # torch.compile, model. or another attribute of a Lightning module, or several of these stacked.
 _ENCODER = re.compile(r"(|.*?\.)((visual\.(trunk\.)?)?patch_embed\.proj|visual\.conv1)\.weight")
 
@@ -276,7 +276,7 @@ def _encoders(file: Mapping) -> list[Encoder]:
 
 
 def recognise(file: Mapping, which: str | None) -> tuple[Encoder, str | None, list[str]]:
-    """Returns the encoder to load, the `which` it stands for (None if no choice), and notes."""
+    """Returns the encoder to load, its `which` (None if the file has no choice), and notes."""
     encoders = _encoders(file)
     if not encoders:
         names = max(

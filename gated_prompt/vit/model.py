@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated prompts, and what the paper compares them with, around a frozen timm ViT."""
+"""The model that `wrap` returns: a frozen timm ViT with prompts, gates, temperatures and a head."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ from gated_prompt.vit.wrapping import (
     unpatched_name,
 )
 
-torch.fx.wrap("prompt_gate")  # a symbolic trace keeps calls of it as they are
+torch.fx.wrap("prompt_gate")  # torch.fx records calls of it and does not trace into it
 
 
 class GatedPromptViT(nn.Module):
     """A frozen timm ViT with prompts, gates, temperatures and a head; made by `wrap`.
 
-    The prompts enter once, before the first block. After block l, their rows become
-    g_l * block_l(x) + (1 - g_l) * x on the prompt rows (rule "mix"), which the fused op writes in
-    place. With deep prompts, x in this formula is the fresh prompts of block l + 1; where block l
-    has no gate, g_l = 0.
+    The prompts are inserted once, before the first block. After block l, which maps x to
+    block_l(x), the prompt rows become g_l * block_l(x) + (1 - g_l) * x (rule "mix"). The fused op
+    writes these rows in place. With deep prompts, x in this formula is the new prompts of block
+    l + 1, and g_l = 0 if block l has no gate.
 
-    What the wrapper does not have itself, it takes from the backbone: `blocks`, `patch_embed`,
+    Public attributes that the wrapper lacks are taken from the backbone: `blocks`, `patch_embed`,
     `pretrained_cfg`, ...
 
     Attributes:
-        backbone: The timm model; what is frozen of it is always in eval mode.
+        backbone: The timm model.
         prompts: `PromptTokens`, or None.
         deep_prompts: `DeepPromptTokens`, or None.
-        gates: A `PromptGate` for each of the first blocks.
-        temperatures: A sequence of the learnable temperatures [1], one per block, or none.
+        gates: One `PromptGate` for each of the first `options.gated_blocks` blocks.
+        temperatures: The learnable temperatures [1], one per block; empty if they are not learned.
         head: The classifier.
-        options: `WrapOptions`: what `wrap` was given, and the values that its None and "auto" have
-            got; `wrap(other_vit, **vars(model.options))` wraps another backbone alike.
+        options: `WrapOptions`: the arguments of `wrap`, after `WrapOptions.resolved`.
+            `wrap(other_vit, **vars(model.options))` wraps another backbone in the same way.
     """
 
     def __init__(self, vit, options: WrapOptions, prompts, deep_prompts, gates):
         super().__init__()
-        if MARK in vars(vit):  # a copy, or its wrapper was lost
+        if MARK in vars(vit):  # vit is a copy of a wrapped model, or its wrapper was lost
             vars(vit)[MARK].undo(vit)
         self.options, self._is_wrapped = options, True
         Wrapping(vit)
@@ -73,7 +73,7 @@ class GatedPromptViT(nn.Module):
         temperature, depth = options.temperature, len(vit.blocks)
         self.temperatures = Temperatures(depth if temperature is True else 0, device)
         source = self.temperatures if temperature is True else float(temperature or 1.0)
-        # without prompts nothing is gained by restating timm's attention
+        # without prompts, our version of timm's attention gains nothing
         restates = options.num_prompts or options.attention not in ("auto", "sdpa")
         restates = restates or options.last_block == "pooled-rows"
         self._backend = options.attention if restates else None
@@ -107,7 +107,7 @@ class GatedPromptViT(nn.Module):
         return getattr(self.backbone, MARK)
 
     def _tuned_dtype(self) -> torch.dtype:
-        """float32, or float64 for such a backbone: a step of an optimiser would be lost in less."""
+        """float64 for a float64 backbone, otherwise float32: less loses small optimiser steps."""
         is_double = any(p.dtype == torch.float64 for p in self.backbone.parameters())
         return torch.float64 if is_double else torch.float32
 
@@ -123,7 +123,7 @@ class GatedPromptViT(nn.Module):
     def num_prompts(self) -> int:
         return self.options.num_prompts
 
-    # ---- timm's face ----
+    # ---- timm's interface ----
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -144,10 +144,10 @@ class GatedPromptViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head: weights Kaiming normal (fan_out), biases -ln(99). 0 classes: no head.
+        """Makes a new head: weights Kaiming normal (fan_out), biases -ln(99). 0 classes: no head.
 
-        global_pool: Another pool, by timm's name, "token" or "avg" (the patches). With last_block
-        "pooled-rows" it may cost or gain time.
+        global_pool: If given, changes the pool; timm's names "token" (the class token) and "avg"
+        (the mean of the patches). With last_block="pooled-rows" this changes the time per step.
         """
         if global_pool is not None:
             pools = {"token": "cls", "avg": "patch"}
@@ -155,8 +155,8 @@ class GatedPromptViT(nn.Module):
                 global_pool == "token" and self.backbone.cls_token is None
             ):
                 raise ValueError(
-                    f"reset_classifier: global_pool must be one of {tuple(pools)}, and vit have a "
-                    f"class token for 'token', got {global_pool!r}"
+                    f"reset_classifier: global_pool must be one of {tuple(pools)}, and 'token' "
+                    f"only if vit has a class token, got {global_pool!r}"
                 )
             self.options = dataclasses.replace(self.options, pool=pools[global_pool])
         if num_classes == 0:
@@ -170,30 +170,31 @@ class GatedPromptViT(nn.Module):
         nn.init.constant_(self.head.bias, -math.log(99))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that timm's optimiser factories leave out of weight decay."""
+        """Names of the parameters that timm's optimiser factories exclude from weight decay."""
         own = {n for n, p in self.named_parameters() if n.startswith(("prompts.", "deep_prompts."))}
         own |= {n for n, _ in self.named_parameters() if n.startswith(("gates.", "temperatures."))}
         return own | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers, for timm's layer-wise decay of the learning rate."""
+        """Patterns that sort parameters into layers, for timm's layer-wise learning rate decay."""
         stem = r"^(?:prompts|backbone\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope))"
         blocks = (r"^(?:backbone\.blocks|temperatures)\.(\d+)", None)
         return {"stem": stem, "blocks": [blocks, (r"^backbone\.(?:fc_)?norm", (99999,))]}
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError(
-            "GatedPromptViT: nn.DataParallel can't copy what wrap changed of the blocks; use "
-            "DistributedDataParallel"
+            "GatedPromptViT: nn.DataParallel can't copy the changes that wrap made to the blocks; "
+            "use DistributedDataParallel"
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block, with its gate, in backward instead of keeping its activations."""
+        """Recomputes each block and its gate in backward, instead of keeping their activations."""
         self.backbone.set_grad_checkpointing(enable)
 
     def train(self, mode: bool = True) -> GatedPromptViT:
-        """Sets the mode of prompts, head and what is tuned of the backbone, adapters in it as well;
-        what is frozen of it stays in eval mode."""
+        """Sets the mode of the prompts, the head and the tuned modules of the backbone, including
+        adapters. Frozen modules of the backbone stay in eval mode. With the methods "full" and
+        "bias" the whole backbone gets the mode."""
         super().train(mode)
         vit = self.backbone
         if self.method not in ("full", "bias"):
@@ -201,14 +202,14 @@ class GatedPromptViT(nn.Module):
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] -> tokens [B, N, D] after the last block.
+        """images [B, C, H, W] -> tokens [B, N, D] after the last block, before the final norm.
 
-        Before the final norm, unlike timm's: the paper's pools come between the two.
+        timm returns them after the norm. The paper pools between the last block and the norm.
         """
         return self._in_backbone(images, self._run)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, D] -> logits [B, classes]; pre_logits=True: pooled, normed [B, D]."""
+        """Tokens [B, N, D] -> logits [B, classes]; with pre_logits, the pooled, normed [B, D]."""
         features = self._normed_mean(x[:, self._pooled_rows(x.shape[1])])
         return features if pre_logits else self._logits(features)
 
@@ -226,15 +227,21 @@ class GatedPromptViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """As timm's: what follows the blocks of `indices` (of the last n; all), with the prompts at
-        work.
+        """Like timm's: the tokens after the blocks of `indices`, with the prompts in the sequence.
+
+        Args:
+            indices: An int n: the last n blocks. A list: these blocks. None: all blocks.
+            return_prefix_tokens: Adds the prefix tokens to each intermediate.
+            norm: Applies the final norm to the intermediates.
+            stop_early: Does not run the blocks after the last one of `indices`.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: Returns only the intermediates.
 
         Returns:
-            (`forward_features(x)`, intermediates), or the latter alone: the patch tokens after each
-            block and its gate, [B, D, h, w] or ("NLC") [B, h * w, D]; with return_prefix_tokens
-            pairs of these and `num_prefix_tokens` tokens [B, N', D], to which prompts at the start
-            belong; prompts at the end are left out. norm: after the final norm. stop_early: the
-            blocks behind the last one that is wanted do not run.
+            (the tokens after the last block that ran, intermediates). An intermediate is the patch
+            tokens after a block and its gate, [B, D, h, w] ("NCHW") or [B, h * w, D] ("NLC"). With
+            return_prefix_tokens it is a pair of these and the `num_prefix_tokens` tokens before the
+            patches, [B, N', D], including prompts at the start. Prompts at the end are left out.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(
@@ -262,14 +269,14 @@ class GatedPromptViT(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """As timm's: see `forward_intermediates`."""
+        """Like timm's. See `forward_intermediates`."""
         return self.forward_intermediates(
             x, n, return_prefix_tokens, norm,
             output_fmt="NCHW" if reshape else "NLC", intermediates_only=True,
         )  # fmt: skip
 
     def require_wrapped(self, what: str) -> None:
-        """Raises RuntimeError once the model was unwrapped."""
+        """Raises RuntimeError if the model was unwrapped."""
         if not self._is_wrapped:
             raise RuntimeError(
                 f"{what}: this wrapper was unwrapped; save what was tuned before unwrap, or wrap "
@@ -279,7 +286,7 @@ class GatedPromptViT(nn.Module):
     # ---- the forward pass ----
 
     def _in_backbone(self, images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """run(images), as the work of a call of the backbone."""
+        """run(images), inside a call of the backbone, so that its hooks run."""
         self.require_wrapped("GatedPromptViT")
         vit = self.backbone
         if not torch.compiler.is_compiling():
@@ -306,11 +313,11 @@ class GatedPromptViT(nn.Module):
         if not is_autocast(device) or torch.get_autocast_dtype(device) != dtype:
             raise RuntimeError(
                 f"GatedPromptViT: frozen_dtype={dtype} needs torch.autocast({device!r}, {dtype}) "
-                f"around the call, got none for images in {images.dtype}"
+                f"around the call, got images in {images.dtype} outside it"
             )
 
     def _features(self, images: Tensor) -> Tensor:
-        """What the head reads, [B, D]."""
+        """The features [B, D] that the head reads."""
         pooled_rows = self.options.last_block == "pooled-rows"
         x = self._run(images, pooled_rows)
         return self._normed_mean(x if pooled_rows else x[:, self._pooled_rows(x.shape[1])])
@@ -322,8 +329,11 @@ class GatedPromptViT(nn.Module):
         kept: dict[int, Tensor] | None = None,
         depth: int | None = None,
     ) -> Tensor:
-        """Tokens after the last block, or the first `depth`: all, or those that the pool reads.
-        kept: gets the tokens after the blocks that are its keys."""
+        """images [B, C, H, W] -> tokens after the last block, or after the first `depth` blocks.
+
+        pooled_rows: Compute and return only the rows of the last block that the pool reads.
+        kept: A dict with indices of blocks as keys; gets the tokens after these blocks as values.
+        """
         vit = self.backbone
         x, ropes = embed(vit, images)
         carrier = start = closed = None
@@ -338,7 +348,7 @@ class GatedPromptViT(nn.Module):
         embedded, last = x, len(vit.blocks) - 1
 
         def run(x: Tensor) -> Tensor:
-            # what a hook of the blocks has made of x does not pass its gradient on to the carrier
+            # a pre-hook of vit.blocks may replace x; the carrier would bypass it in backward
             passed = carrier if x is embedded else None
             for index in range(last + 1 if depth is None else depth):
                 rows = self._pooled_rows(x.shape[1]) if pooled_rows and index == last else None
@@ -354,8 +364,9 @@ class GatedPromptViT(nn.Module):
         return inside(vit.blocks, x, run) if isinstance(vit.blocks, nn.Sequential) else run(x)
 
     def _gated_block(self, x, carrier, index, start, rope, rows, closed):
-        """Block `index` and its gate, if it has one: x [B, N, D] and the carrier of the prompts'
-        gradient (see `prompt_gate_`) -> the same after it; or of x these rows alone."""
+        """Runs block `index` and its gate, if it has one: x [B, N, D] and the carrier of the
+        prompts' gradient (see `prompt_gate_`) -> both after the block. If rows is given, the
+        returned x has only these rows."""
         block, is_low = self.backbone.blocks[index], self.options.memory == "low"
         tempering = self._temperings[index]
         if tempering is not None:
@@ -363,7 +374,7 @@ class GatedPromptViT(nn.Module):
             source = self.temperatures if is_learned else tempering.temperatures
             tempering.follow(attention_of(block), source)
         out = run_block(block, x, rope, rows, tempering, self._backend, is_low)
-        # of nobody else can it be, and be seen when it is overwritten
+        # the gate may overwrite out if no other code, such as a hook, can have kept it
         is_own = type(block).__module__.startswith("timm.") and is_untouched(block)
         is_own = is_own and not is_observed(x)
         fresh, is_last = x, index == len(self.backbone.blocks) - 1
@@ -383,7 +394,7 @@ class GatedPromptViT(nn.Module):
         return self.prompts is not None and self.prompts.position == "end"
 
     def _pooled_rows(self, num_tokens: int) -> slice:
-        """The tokens whose mean the head reads."""
+        """The tokens whose mean is the input of the head."""
         first, size = self.backbone.num_prefix_tokens, self.num_prompts
         if self.pool == "cls":
             return slice(0, 1)
@@ -398,13 +409,13 @@ class GatedPromptViT(nn.Module):
         """[B, M, D] -> [B, D]."""
         vit = self.backbone
         x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
-        return vit.head_drop(vit.fc_norm(vit.norm(x)))  # timm has one norm, the other is Identity
+        return vit.head_drop(vit.fc_norm(vit.norm(x)))  # one of the two norms is an Identity
 
     def _logits(self, features: Tensor) -> Tensor:
         weight = next(self.head.parameters(), None)
         if weight is None or isinstance(features, torch.fx.Proxy):
             return self.head(features)
-        if not is_autocast(features.device.type):  # the head may be wider
+        if not is_autocast(features.device.type):  # the head's dtype may be wider
             features = features.to(weight.dtype)
         return self.head(features)
 
@@ -417,9 +428,9 @@ class GatedPromptViT(nn.Module):
             temperature.clamp_(*TEMPERATURE_RANGE)
 
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
-        """All that is tuned, by names that do not depend on what torch.compile and others put in:
-        prompts.tokens, deep_prompts.tokens, gates.0.logit, temperatures.0, head.weight, and
-        backbone. before timm's name."""
+        """Returns all tuned parameters by name: prompts.tokens, deep_prompts.tokens, gates.0.logit,
+        temperatures.0, head.weight, ..., and backbone.NAME, with timm's name, for the backbone's.
+        The names do not contain the prefixes that torch.compile and other wrappers insert."""
         self.require_wrapped("tuned_parameters")
         tuned = ((n, p) for n, p in self.named_parameters() if p.requires_grad)
         return {unpatched_name(name): parameter for name, parameter in tuned}
@@ -433,10 +444,12 @@ class GatedPromptViT(nn.Module):
         head_lr: float | None = None,
         backbone_lr: float | None = None,
     ) -> list[dict]:
-        """Optimiser groups "prompts", "gates", "temperatures", "backbone" (what is tuned of it),
-        "head", and one for each module that was added to the model; a rate of None is `lr`. Gates
-        and temperatures get no weight decay, which would pull gates half open and temperatures to
-        0."""
+        """Returns optimiser groups of the tuned parameters: "prompts", "gates", "temperatures",
+        "backbone", "head", and one for each module or parameter that you added to the model.
+
+        A learning rate of None means `lr`. Gates and temperatures get no weight decay, which would
+        pull gates half open and temperatures to 0.
+        """
         rates = {
             "prompts": None,
             "gates": gate_lr,
@@ -460,14 +473,16 @@ class GatedPromptViT(nn.Module):
 
     @torch.no_grad()
     def gate_report(self) -> dict[str, list[float]]:
-        """What was learned, as floats.
+        """Returns the learned gates and temperatures, as lists of floats.
 
         Returns:
-            "gates": g_l of each gated block, the mean where a gate has several elements; empty for
-            the linear gates, which depend on the tokens. "temperatures": tau_l of each block where
-            it is learned, clamped. "selection": for scalar gates of rule "mix" without deep
-            prompts, the weight in the prompts after the last gate of the initial prompts,
-            prod_l (1 - g_l), then of each gated block, g_l * prod_{k>l} (1 - g_k); they sum to 1.
+            "gates": g_l of each gated block; the mean if a gate has several elements. Empty for the
+            linear gates, which depend on the tokens.
+            "temperatures": tau_l of each block, clamped. Empty if they are not learned.
+            "selection": The prompts after the last gate are a weighted sum of the initial prompts,
+            with weight prod_l (1 - g_l), and of the output of each gated block l, with weight
+            g_l * prod_{k>l} (1 - g_k). These weights, in this order; they sum to 1. Empty unless
+            the gates are scalar, the rule is "mix" and there are no deep prompts.
         """
         self.require_wrapped("gate_report")
         logits = [gate.logit for gate in self.gates if gate.logit is not None]
@@ -485,14 +500,14 @@ class GatedPromptViT(nn.Module):
 
     def save_tuned(self, folder: str | os.PathLike, **options) -> Path:
         """See `gated_prompt.save_tuned`."""
-        import gated_prompt  # artifacts stands above this module
+        import gated_prompt  # here, because tuned_files imports this module
 
         return gated_prompt.save_tuned(self, folder, **options)
 
 
 def _taken(indices: int | list[int] | None, depth: int) -> list[int]:
-    """Which blocks timm's `indices` mean: None, all; n, the last n; a list, from the end where
-    negative."""
+    """Returns the sorted blocks that timm's `indices` selects. None: all. An int n: the last n. A
+    list: these, where negative indices count from the end."""
     if isinstance(indices, int):
         if not 1 <= indices <= depth:
             raise ValueError(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was tuned, as a folder: tuned.safetensors, and config.json with a digest of everything.
+"""Saves and loads the tuned parameters as a folder: tuned.safetensors and config.json.
 
-A folder is loaded whole or not at all: each byte of both files is checked, and so is the backbone.
-The digests find damage and mix-ups. Who can write the folder can also write digests.
+A folder is loaded completely or not at all: config.json has digests of both files and of the
+backbone, and all are checked. The digests find damage and mix-ups. They do not protect against an
+attacker who can write to the folder.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from gated_prompt.vit.wrapping import has_our_forward, unpatched_name
 
 FORMAT = 1
 TENSORS, CONFIG = "tuned.safetensors", "config.json"
-_NEW = ".new"  # a save writes its files under this suffix first
-_MAX_CONFIG = 16 << 20  # bytes; 21,000 long class names and a tuned ViT-g have 2 MB
-_MAX_SIDE = 4096  # of an image that a backbone is built for
+_NEW = ".new"  # save_tuned first writes files with this suffix
+_MAX_CONFIG = 16 << 20  # bytes; 21,000 long class names and a tuned ViT-g take 2 MB
+_MAX_SIDE = 4096  # the largest image side, in pixels, for which a backbone is built
 _RUN_OPTIONS = ("attention", "memory", "last_block", "frozen_dtype", "prompt_dropout")
 _DTYPES = {str(t)[6:]: t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _DIGEST = "[0-9a-f]{64}"
@@ -60,24 +61,26 @@ def save_tuned(
     class_names: list[str] | None = None,
     metrics: dict | None = None,
 ) -> Path:
-    """Writes what was tuned, and what it takes to load it, into `folder`.
+    """Writes the tuned parameters, and what `load_tuned` needs to load them, into `folder`.
 
-    At every moment, also after a kill or a power cut, the folder holds what it held before or all
-    of the new. Other files in it stay. Prompts can't be merged into a backbone: to load them takes
-    its weights, which are known again by their digest.
+    At every moment, also after a kill or a power cut, the folder contains either the complete old
+    model or the complete new one. Other files in the folder are left alone. The backbone's frozen
+    weights are not saved, only their digest: `load_tuned` needs a backbone with the same weights.
 
     Args:
-        model: What `wrap` returned.
-        folder: Made if missing; a tuned model in it is replaced.
-        class_names: One for each output of the head; None: `model.class_names`, if still as many.
-        metrics: Anything that JSON can hold, finite.
+        model: The model that `wrap` returned.
+        folder: Created if missing; a tuned model in it is replaced.
+        class_names: One for each output of the head. None: `model.class_names`, if their number
+            still fits.
+        metrics: A dict of values that JSON can represent; floats must be finite.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError, ValueError: an argument; a head that `load_tuned` could not make.
-        OSError: with the path; also where one of our files is a symbolic link.
+        TypeError, ValueError: an argument is not allowed, or `load_tuned` could not rebuild a
+            module of model.
+        OSError: with the path; also if one of the files to write is a symbolic link.
     """
     check_model("save_tuned", model)
     own_names = getattr(model, "class_names", None)
@@ -89,7 +92,7 @@ def save_tuned(
     if not (is_linear or type(model.head) is nn.Identity):
         raise ValueError(
             f"save_tuned: head must be as reset_classifier makes it, got {model.head}; save "
-            "tuned_state_dict(model), and load it into a model that you have built alike"
+            "tuned_state_dict(model), and load it into a model that you have built in the same way"
         )
     _check_can_be_made(model)
     _warn_of_hooks(model)
@@ -112,14 +115,14 @@ def save_tuned(
     try:
         config["sha256"] = hashlib.sha256(_text(config)).hexdigest()
     except (TypeError, ValueError) as error:
-        raise type(error)(f"save_tuned: metrics must be finite, and JSON: {error}") from None
+        raise type(error)(f"save_tuned: metrics must be finite, and JSON values: {error}") from None
     folder, text = Path(folder), _text(config)
-    _parse(text, folder / CONFIG)  # what is saved can be loaded
+    _parse(text, folder / CONFIG)  # raises if load_tuned could not read it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, fcntl.LOCK_EX) as directory:
             _write(folder, directory, data, text)
-    except OSError as error:  # of the errors' own paths, fsync and write have none
+    except OSError as error:  # errors of fsync and write have no path
         path = str(error.filename or folder)
         raise OSError(error.errno, f"save_tuned: {error.strerror}", path) from None
     return folder
@@ -132,26 +135,29 @@ def load_tuned(
     strict_backbone: bool = True,
     **options,
 ) -> GatedPromptViT:
-    """Wraps a backbone as it was when `folder` was saved, with what was tuned.
+    """Wraps a backbone with the saved options and loads the tuned parameters into the model.
 
     Args:
-        folder: Written by `save_tuned`.
-        backbone: A timm model with the weights that were frozen then, on any device; changed until
-            `unwrap`, as by `wrap`. None: timm's of that name, downloaded.
-        strict_backbone: False: a backbone with other weights or another architecture gives a
-            warning, as long as the tensors fit.
-        options: Of `wrap`'s, those that change how the model runs, not what was tuned: attention,
-            memory, last_block, frozen_dtype, prompt_dropout. As saved where not given.
+        folder: A folder that `save_tuned` wrote.
+        backbone: A timm model with the same frozen weights as when the folder was saved, on any
+            device. It is changed until `unwrap`, as by `wrap`. None: builds timm's model of the
+            saved name, with timm's pretrained weights (a download, unless they are cached).
+        strict_backbone: False: a backbone with other weights or another architecture gives only a
+            warning, if the saved tensors fit.
+        options: Options of `wrap` that change how the model runs: attention, memory, last_block,
+            frozen_dtype, prompt_dropout. The saved values are used for those that are not given.
 
     Returns:
-        The model in eval mode; `model.class_names` is the saved list or None. What was tuned of the
-        backbone itself, by "full" and the like, is copied into it, and is trainable again.
+        The model in eval mode; `model.class_names` is the saved list or None. Tuned parameters of
+        the backbone itself (methods "full", "bias", "partial-k") are copied into it and require
+        gradients again.
 
     Raises:
-        CheckpointError: the folder is damaged or of a newer format; the backbone is another one, or
-            can't be had. The backbone is as it was.
+        CheckpointError: the folder is damaged or has another format; the backbone is a different
+            one, or can't be built. The given backbone is not changed.
         OSError: FileNotFoundError and others, with the path.
-        TypeError, RuntimeError: backbone is no timm ViT, or is wrapped.
+        TypeError, RuntimeError: backbone is not a timm ViT, or is wrapped already; an option is not
+            one of the five.
     """
     folder = Path(folder)
     if unknown := options.keys() - set(_RUN_OPTIONS):
@@ -166,15 +172,15 @@ def load_tuned(
     if differences:
         message = f"load_tuned: {str(folder)!r} was tuned on another backbone: {differences}"
         if strict_backbone:
-            raise CheckpointError(f"{message}; strict_backbone=False loads it all the same")
+            raise CheckpointError(f"{message}; strict_backbone=False loads it anyway")
         warnings.warn(message, stacklevel=2)
     saved = dict(config["options"])
     own_init = saved["prompt_init"]
     if own_init in DATA_INITS:
-        saved["prompt_init"] = "uniform"  # to be overwritten, and needs no images
+        saved["prompt_init"] = "uniform"  # needs no images; the prompts are loaded below
     try:
         saved["frozen_dtype"] = _DTYPES.get(saved["frozen_dtype"], saved["frozen_dtype"])
-        with warnings.catch_warnings():  # what was tuned is trainable again below
+        with warnings.catch_warnings():  # _fit makes the tuned parameters trainable again
             warnings.filterwarnings("ignore", message=r"wrap: \d+ parameters of vit were trainable")
             model = wrap(vit, **(saved | options))
         try:
@@ -184,18 +190,18 @@ def load_tuned(
         except BaseException:
             unwrap(model)
             raise
-    except Exception as error:  # the options are from a file: anything
+    except Exception as error:  # the options come from a file: any error is possible
         raise CheckpointError(f"load_tuned: {str(folder)!r}: {error}") from error
     model.class_names = config["class_names"]
     return model.eval()
 
 
 def read_config(folder: str | os.PathLike) -> dict:
-    """config.json of a saved folder, checked: options, class names, metrics, backbone.
+    """Returns the content of a folder's config.json, checked: options, class names, metrics, ...
 
     Raises:
-        CheckpointError: not JSON, of a newer format, with a field missing or of a wrong type, or
-            changed since it was saved.
+        CheckpointError: it is not JSON, has another format, a missing field or one of a wrong type,
+            or was changed after it was saved.
         OSError: FileNotFoundError and others, with the path.
     """
     path = Path(folder) / CONFIG
@@ -206,7 +212,8 @@ def read_config(folder: str | os.PathLike) -> dict:
 
 
 def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
-    """The classes, the dtypes and what is tuned of the backbone, as these tensors have it."""
+    """Changes the model so that these tensors fit: size of the head, dtypes, and which parameters
+    of the backbone are tuned."""
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_(unpatched_name(f"backbone.{name}") in tensors)
     model.reset_classifier(len(tensors["head.weight"]) if "head.weight" in tensors else 0)
@@ -215,11 +222,12 @@ def _fit(model: GatedPromptViT, tensors: Mapping[str, Tensor]) -> None:
             parameter.data = parameter.data.to(tensors[name].dtype)
 
 
-# ---- what can be loaded again ----
+# ---- checks before saving, and the backbone ----
 
 
 def _check_can_be_made(model: GatedPromptViT) -> None:
-    """Raises ValueError where `load_tuned`, which makes the parts by the options, could not."""
+    """Raises ValueError if `load_tuned`, which makes all parts from the options, would make other
+    parts than the model has."""
     prompts, deep_prompts, gates = make_tuned(model.backbone, model.options)
     parts = {"prompts": prompts, "deep_prompts": deep_prompts, "gates": nn.ModuleList(gates)}
     made = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
@@ -233,14 +241,15 @@ def _check_can_be_made(model: GatedPromptViT) -> None:
     differing = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
     if differing:
         raise ValueError(
-            f"save_tuned: model must have what wrap makes by its options, got other "
+            f"save_tuned: model must have the parameters that wrap makes by its options, got other "
             f"{first_names(differing)}, which load_tuned could not make; save "
-            "tuned_state_dict(model), and load it into a model that you have built alike"
+            "tuned_state_dict(model), and load it into a model that you have built in the same way"
         )
 
 
 def _warn_of_hooks(model: GatedPromptViT) -> None:
-    """A file holds tensors. torch's own hooks shard or observe."""
+    """Warns if a module has a hook or its own forward, which the files can't contain. Hooks of
+    torch, accelerate and this package are left out: they only shard, offload or observe."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         own = vars(module).get("forward")
@@ -249,15 +258,15 @@ def _warn_of_hooks(model: GatedPromptViT) -> None:
         own_hooks = ("torch.", "accelerate.", "gated_prompt.")
         if any(not (getattr(h, "__module__", None) or "").startswith(own_hooks) for h in hooks):
             warnings.warn(
-                f"save_tuned: {name!r} has a hook or a forward of its own, which is not saved; put "
-                "it on again after load_tuned",
+                f"save_tuned: {name!r} has a hook or its own forward, which is not saved; add it "
+                "again after load_tuned",
                 stacklevel=3,
             )
             return
 
 
 def _build(saved: dict, folder: Path) -> nn.Module:
-    """The backbone by timm's name; `create_backbone` takes no other."""
+    """Builds the backbone by its timm name; `create_backbone` accepts no other names."""
     hint = "build it and pass backbone="
     name = ".".join(part for part in (saved["architecture"], saved["tag"]) if part)
     if saved["architecture"] is None or saved["source"] not in (None, "timm"):
@@ -270,10 +279,10 @@ def _build(saved: dict, folder: Path) -> nn.Module:
     try:
         options = {"img_size": size and tuple(size), "global_pool": saved["global_pool"]}
         return create_backbone(name, pretrained=True, **options)
-    except Exception as error:  # of timm, huggingface_hub and the network, any
+    except Exception as error:  # from timm, huggingface_hub or the network: any error
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CheckpointError(
-            f"{str(folder)!r}: its backbone {name!r} can't be had here ({reason}); {hint}"
+            f"{str(folder)!r}: its backbone {name!r} can't be built here ({reason}); {hint}"
         ) from error
 
 
@@ -285,7 +294,7 @@ def _text(config: dict) -> bytes:
 
 
 def _parse(data: bytes, path: Path) -> dict:
-    """config.json, once all of it has been checked."""
+    """Returns the content of config.json after checking all of it."""
 
     def need(condition, reason):
         if not condition:
@@ -303,9 +312,9 @@ def _parse(data: bytes, path: Path) -> dict:
     need(len(data) <= _MAX_CONFIG, f"has more than {_MAX_CONFIG} bytes")
     try:
         config = json.loads(data.decode("ascii"))
-        need(isinstance(config, dict), "is not of a tuned model")
+        need(isinstance(config, dict), "does not describe a tuned model")
         version = config.get("format")
-        need(version == FORMAT, f"must have format {FORMAT}, got {version!r}: another gated_prompt")
+        need(version == FORMAT, f"must have format {FORMAT}, got {version!r}: another version")
         need_fields(config, _FIELDS, "")
         need_fields(config["backbone"], _BACKBONE_FIELDS, " of the backbone")
         unsigned = _text({name: value for name, value in config.items() if name != "sha256"})
@@ -313,14 +322,16 @@ def _parse(data: bytes, path: Path) -> dict:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is not JSON as saved: {error}") from None
+        raise CheckpointError(
+            f"{str(path)!r} is not JSON as save_tuned writes it: {error}"
+        ) from None
     is_whole = is_whole and config["sha256"] == hashlib.sha256(unsigned).hexdigest()
-    need(is_whole, "was changed after it was saved: its sha256 is not that of its text")
+    need(is_whole, "was changed after it was saved: its sha256 does not match its text")
     known = {field.name for field in dataclasses.fields(WrapOptions)}
     strangers = config["options"].keys() - known
     need(
         not strangers,
-        f"has options that this gated_prompt has not: {first_names(sorted(strangers))}",
+        f"has options unknown to this version: {first_names(sorted(strangers))}",
     )
     need(
         {"num_prompts", "prompt_init", "frozen_dtype"} <= config["options"].keys(), "lacks options"
@@ -342,19 +353,20 @@ def _parse(data: bytes, path: Path) -> dict:
 
 
 def _read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
-    """The tensors that config.json describes, mapped from a file of which each byte is checked."""
-    for path in (folder / f"{TENSORS}{_NEW}", folder / TENSORS):  # the first: see _write
+    """Returns the tensors that config.json describes, memory-mapped, after checking every byte of
+    their file."""
+    for path in (folder / f"{TENSORS}{_NEW}", folder / TENSORS):  # why two: see _write
         is_whole = path.is_file() and _file_sha256(path) == config["tensors_sha256"]
         if is_whole:
             break
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "No such file, which config.json needs", str(path))
-    who = f"{str(path)!r} does not go with config.json:"
+    who = f"{str(path)!r} does not match config.json:"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{who} truncated or damaged, {error}") from None
+        raise CheckpointError(f"{who} it is truncated or damaged: {error}") from None
     for words, names in (
         ("lacks", config["tensors"].keys() - tensors.keys()),
         ("has unknown", tensors.keys() - config["tensors"].keys()),
@@ -387,7 +399,8 @@ def _file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int):
-    """The folder, opened; savers wait for each other and for loaders, where locks exist."""
+    """Opens the folder and locks it, if the file system has locks: a save waits for other saves and
+    for loads."""
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -398,15 +411,15 @@ def _locked(folder: Path, kind: int):
 
 
 def _write(folder: Path, directory: int, data: bytes, text: bytes) -> None:
-    """Replaces the pair so that one pair or the other is there at every moment.
+    """Replaces both files so that at every moment the old or the new pair is complete.
 
-    config.json names its tensors by digest, and they may lie in either of two files. So the step
-    that counts is one: its replacement.
+    config.json has the digest of its tensors, and `_read_tensors` looks for them in two files. So
+    one step, the replacement of config.json, switches from the old pair to the new one.
     """
     paths = {name: folder / name for name in (CONFIG, TENSORS, CONFIG + _NEW, TENSORS + _NEW)}
     for path in paths.values():
         if path.is_symlink():
-            raise OSError(errno.ELOOP, "a symbolic link is not written through", str(path))
+            raise OSError(errno.ELOOP, "won't write through a symbolic link", str(path))
     try:
         _settle(paths)
         os.fsync(directory)
@@ -426,7 +439,8 @@ def _write(folder: Path, directory: int, data: bytes, text: bytes) -> None:
 
 
 def _settle(paths: dict[str, Path]) -> None:
-    """Ends what a killed save began: its tensors take their place if its config.json has."""
+    """Cleans up after a save that was killed: moves its tensors into place if its config.json is in
+    place, otherwise deletes its files."""
     pending = paths[TENSORS + _NEW]
     if pending.exists():
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`wrap` and `unwrap`, and what they require."""
+"""`wrap` and `unwrap`, and their checks of the backbone."""
 
 from __future__ import annotations
 
@@ -49,69 +49,74 @@ def wrap(
     last_block: str = "auto",
     frozen_dtype: torch.dtype | None = None,
 ) -> GatedPromptViT:
-    """Freezes a timm ViT and adds what `method` tunes.
+    """Freezes a timm ViT and adds the parameters that `method` tunes.
 
-    The instance `vit` is changed until `unwrap`: its parameters stop requiring gradients, and the
-    attention of each block is replaced where the method has prompts. A new linear head with
-    `vit.num_classes` outputs is made (none if that is 0), as VPT starts it: first losses are well
-    above ln(classes); `vit.head` stays as it is, unused.
+    `vit` itself is changed until `unwrap`: its parameters stop requiring gradients, its `forward`
+    is replaced, and its attentions divide the queries if there is a temperature. The model that
+    `wrap` returns has a new linear head with `vit.num_classes` outputs (no head if that is 0),
+    initialised as in VPT, so the first losses are well above ln(classes). `vit.head` is not used.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva` (DINOv3, EVA-02 and others with rotary positions).
-        method: What is tuned, each with the head:
-            "linear": nothing else;
-            "full": the backbone; "bias": its biases; "partial-k" ("partial-1", ...): its last k
-            blocks and its final norm;
-            "vpt-shallow": prompts that enter the first block; "vpt-deep": fresh prompts for every
-            block, which replace what the last block made of its own;
-            "gpt": prompts at the first block, a gate per block, a temperature per block;
-            "gpt-deep": that with fresh prompts for every block: where the gate is closed they take
-            the place of the last block's, as in vpt-deep, where it is open they have no effect.
+        method: Selects what is tuned in addition to the head:
+            "linear": nothing.
+            "full": the backbone. "bias": its biases. "partial-k" ("partial-1", ...): its last k
+            blocks and its final norm.
+            "vpt-shallow": prompts that enter the first block. "vpt-deep": new prompts for every
+            block, which replace the prompt rows that the previous block returned.
+            "gpt": prompts that enter the first block, and a gate and a temperature per block.
+            "gpt-deep": like "gpt", with new prompts for every block. A closed gate replaces the
+            prompt rows of the block's output by the next block's prompts, as in "vpt-deep". With
+            rule "mix", an open gate keeps the block's output, and the new prompts have no effect.
         num_prompts: P. Not used by methods without prompts.
-        gate, rule: See `PromptGate`; "gpt" and "gpt-deep" only. A gate for the block ("scalar"),
-            each channel ("channel"), each prompt ("token"), both ("full"); or decided by each
-            prompt's own output, for each channel ("linear") or all ("linear-token"). rule: "mix" or
-            "residual". gate=None: temperatures alone.
-        gate_init: The `init` of `PromptGate`; None: nearly closed, -5, but for the linear gates,
-            which start near 0.5.
-        gated_blocks: How many blocks, from the first, have a gate. None: all but the last
-            (rule="mix"), all (rule="residual").
-        temperature: "gpt" and "gpt-deep" only. True: learnable in every block, from 1. False: 1. A
-            float: that constant.
+        gate, rule: See `PromptGate`; "gpt" and "gpt-deep" only. "scalar": one gate per block.
+            "channel": one per channel. "token": one per prompt. "full": one per channel of each
+            prompt. The linear gates are computed from the block's output, for each prompt:
+            "linear": one gate per channel; "linear-token": one gate for all channels. rule: "mix"
+            or "residual". gate=None: no gates, only temperatures.
+        gate_init: The `init` of `PromptGate`. None: -5 (nearly closed); linear gates start near
+            0.5.
+        gated_blocks: The number of blocks with a gate, counted from the first block. None: all
+            blocks except the last (rule="mix"), all blocks (rule="residual").
+        temperature: "gpt" and "gpt-deep" only. True: learnable in every block, starting at 1.
+            False: 1. A float: this constant.
         prompt_position, prompt_dropout: See `PromptTokens`.
-        prompt_init: "uniform" or "normal", see `PromptTokens`; or from the patch tokens of
-            init_images as they enter the block (position embeddings in them): "mean",
-            "random-token", "kmeans", see `gated_prompt.vit.prompt_init.prototypes`.
-        init_images: For these: [M, C, H, W], or an iterable of batches, which may be (images,
-            labels) pairs; normalised as for training, without augmentation.
-        pool: What the head reads. "cls": the class token. "patch", "prompt", "prompt+patch": the
-            mean of these tokens. The backbone's own final norm comes after. None: "prompt+patch"
-            for MAE (as in the paper; told by timm's tag, or by `load_backbone`), else what the
-            backbone was built with; it must be said for one that norms before it pools (DINOv3,
-            SigLIP).
-        attention: Backend, see `tempered_attention`. Methods without prompts keep timm's own
-            attention where it is "auto" or "sdpa".
-        memory: "low": the MLP's hidden layer, 4 of the 10 activations of size D that a frozen block
-            keeps for each token, is computed a second time in backward: the same gradients.
-        last_block: "pooled-rows": `forward` computes, in the last block, only the tokens that the
-            pool reads; the same logits. Not where the last block has a gate. "all-rows": all.
-            "auto": "pooled-rows" for prompted methods where it gains much, pool="cls" and
-            "prompt", and can be had.
-        frozen_dtype: Keeps the weights of frozen linear and convolution layers in this dtype, such
-            as torch.bfloat16, for use under autocast to it, which otherwise casts them each time
-            they are used. `unwrap` puts the original back, which until then lies on the CPU.
+        prompt_init: "uniform" or "normal": see `PromptTokens`. "mean", "random-token" or "kmeans":
+            from the patch tokens of init_images that enter the same block, including position
+            embeddings; see `gated_prompt.vit.prompt_init.prototypes`.
+        init_images: The images for these three: [M, C, H, W], or an iterable of batches, which may
+            be (images, labels) pairs. Normalised as for training, without augmentation.
+        pool: The tokens that the head reads. "cls": the class token. "patch", "prompt",
+            "prompt+patch": the mean of these tokens. The backbone's final norm comes after the
+            pool. None: "prompt+patch" for MAE, as in the paper (MAE is recognised by timm's tag or
+            by `load_backbone`); otherwise the pool that the backbone was built with. Backbones that
+            norm before they pool (DINOv3, SigLIP) have no default.
+        attention: The backend, see `tempered_attention`. With "auto" and "sdpa", methods without
+            prompts keep timm's own attention, unless last_block="pooled-rows".
+        memory: "low": backward recomputes the hidden layer of the MLP, which is 4 of the 10
+            activations of size D that a frozen block keeps for each token. Same gradients.
+        last_block: "pooled-rows": in the last block, `forward` computes only the tokens that the
+            pool reads. Same logits. Not allowed if the last block has a gate. "all-rows": computes
+            all tokens. "auto": "pooled-rows" if the method has prompts, the pool is "cls" or
+            "prompt" (where most is saved), and the last block supports it.
+        frozen_dtype: Keeps the weights of frozen linear and convolution layers in this dtype, for
+            example torch.bfloat16, for use under autocast to it, which would otherwise cast these
+            weights at each use. The original weights are kept on the CPU, and `unwrap` restores
+            them.
 
     Returns:
         A `GatedPromptViT`.
 
     Raises:
-        TypeError: vit is not one of these models, or one of its blocks has an attention that can't
-            have a temperature.
-        ValueError: an option is unknown or out of range, or does not go with another.
-        RuntimeError: vit is wrapped already, or attention can't run on this machine.
+        TypeError: vit is not one of these models; an option needs another kind of block or
+            attention than vit has; an option has a wrong type.
+        ValueError: an option is unknown or out of range, or does not fit vit or another option.
+        RuntimeError: vit is wrapped already, or one of its methods was replaced; attention can't
+            run on this machine.
+        ModuleNotFoundError: prompt_init is "kmeans" and scikit-learn is not installed.
 
-    Source: Yoo et al., ICML 2023, arXiv 2306.05067, sections 3.2 and 3.3; head, prompt
-    initialisation and the methods compared as in Jia et al., ECCV 2022 (VPT).
+    Source: Yoo et al., ICML 2023, arXiv 2306.05067, sections 3.2 and 3.3. The head, the prompt
+    initialisation and the other methods are as in Jia et al., ECCV 2022 (VPT).
     """
     check_backbone(vit)
     options = WrapOptions(
@@ -132,7 +137,7 @@ def wrap(
         frozen_dtype=frozen_dtype,
     ).resolved(vit, has_images=init_images is not None)
     prompts, deep_prompts, gates = make_tuned(vit, options)
-    # nothing above has changed vit
+    # an error up to this line leaves vit unchanged
     _warn_of_frozen_adapters(vit)
     model = GatedPromptViT(vit, options, prompts, deep_prompts, gates)
     if method in ("full", "bias"):
@@ -152,14 +157,15 @@ def wrap(
 
 
 def unwrap(model: GatedPromptViT | nn.Module) -> nn.Module:
-    """The timm model as it was before `wrap`: requires_grad, train mode, dtypes. What others have
-    put on it since stays.
+    """Undoes `wrap` and returns the timm model, with the requires_grad, train mode and dtypes that
+    it had before.
 
-    What "full", "bias" and "partial-k" have tuned of it stays tuned. The wrapper is of no use
-    afterwards: save what was tuned before.
+    Backbone parameters that "full", "bias" and "partial-k" have tuned keep their new values. Hooks
+    and modules that other code has added stay. The wrapper can't be used any more: save the tuned
+    parameters first.
 
     Args:
-        model: What `wrap` returned; or the timm model that it was given, if that was lost.
+        model: The model that `wrap` returned; or, if you no longer have it, its timm model.
     """
     if isinstance(model, GatedPromptViT):
         model.require_wrapped("unwrap")
@@ -167,21 +173,21 @@ def unwrap(model: GatedPromptViT | nn.Module) -> nn.Module:
     wrapping = vars(model).get(MARK) if isinstance(model, nn.Module) else None
     if wrapping is None:
         raise TypeError(
-            "unwrap: model must be what wrap returned (of a compiled or parallel one, ._orig_mod "
-            f"or .module), or its backbone, got {type(model).__name__}"
+            "unwrap: model must be what wrap returned (for a compiled or parallel model: its "
+            f"._orig_mod or .module), or its backbone, got {type(model).__name__}"
         )
     wrapping.undo(model)
     return model
 
 
-# ---- what is required ----
+# ---- checks ----
 
 
 def check_backbone(vit) -> None:
     if hasattr(vit, "_orig_mod"):
         raise TypeError(
             "wrap: vit must be a timm VisionTransformer or Eva, got a compiled one; wrap "
-            "vit._orig_mod, and compile what wrap returns"
+            "vit._orig_mod, and compile the model that wrap returns"
         )
     if isinstance(vit, GatedPromptViT):
         raise TypeError(
@@ -192,9 +198,9 @@ def check_backbone(vit) -> None:
             "wrap: vit must be a timm.models.vision_transformer.VisionTransformer or a "
             f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}"
         )
-    if not hasattr(vit, "_pos_embed"):  # which timm does not promise
+    if not hasattr(vit, "_pos_embed"):  # private in timm
         raise RuntimeError(
-            "wrap: vit must have the method _pos_embed, as timm 1.0 has it, got none with timm "
+            "wrap: vit must have the method _pos_embed, as in timm 1.0, got none with timm "
             f"{timm.__version__}; install an older timm"
         )
     for name, known in METHODS_OF_TIMM.items():
@@ -218,13 +224,14 @@ def check_backbone(vit) -> None:
 
 
 def _warn_of_frozen_adapters(vit: nn.Module) -> None:
-    """Where most of vit is frozen already, what is not is what somebody wants to tune."""
+    """Warns if `wrap` freezes the trainable parameters of a vit that is frozen for the most part:
+    the user probably wants to tune these parameters."""
     trainable = {name: p.numel() for name, p in vit.named_parameters() if p.requires_grad}
     if 0 < sum(trainable.values()) < 0.5 * sum(p.numel() for p in vit.parameters()):
         warnings.warn(
-            f"wrap: {len(trainable)} parameters of vit were trainable beside frozen ones, such as "
-            f"{next(iter(trainable))!r}, and are frozen now like the rest; to tune them with what "
-            "the method tunes, call requires_grad_(True) on them after wrap",
+            f"wrap: {len(trainable)} parameters of vit were trainable while most of vit was "
+            f"frozen, for example {next(iter(trainable))!r}; wrap has frozen them too; to tune "
+            "them as well, call requires_grad_(True) on them after wrap",
             stacklevel=3,
         )
 
@@ -235,17 +242,17 @@ def _warn_of_coarse_parameters(model: GatedPromptViT) -> None:
     if coarse:
         warnings.warn(
             f"wrap: method {model.method!r} tunes parameters of the backbone in "
-            f"{', '.join(map(str, coarse))}, where small steps of an optimiser are lost; give "
-            "it a float32 backbone and use torch.autocast",
+            f"{', '.join(map(str, coarse))}, where small optimiser steps are rounded away; "
+            "use a float32 backbone and torch.autocast",
             stacklevel=3,
         )
 
 
-# ---- what is tuned ----
+# ---- tuned parts ----
 
 
 def make_tuned(vit: nn.Module, options: WrapOptions):
-    """PromptTokens or None, DeepPromptTokens or None, gates."""
+    """Returns (PromptTokens or None, DeepPromptTokens or None, [PromptGate]) for these options."""
     sizes = {"dim": vit.embed_dim, "num_prompts": options.num_prompts}
     gates = [
         PromptGate(options.gate, options.rule, init=options.gate_init, **sizes)
@@ -265,14 +272,14 @@ def make_tuned(vit: nn.Module, options: WrapOptions):
     return prompts, DeepPromptTokens(prompts, len(vit.blocks)) if is_deep else None, gates
 
 
-_BIAS = re.compile(  # also Eva's q_bias, a pruned and a parametrised one
+_BIAS = re.compile(  # also Eva's q_bias, and pruned or parametrised biases
     r"(^|[._])bias(_orig)?$|parametrizations\.(\w+_)?bias\.original\d*$"
 )
 
 
 def _thaw(module: nn.Module, biases_alone: bool = False) -> None:
-    """Lets the parameters of a backbone, or of parts of it, be tuned, but for timm's own head and
-    pool, which are not used."""
+    """Makes the parameters of module, or only its biases, trainable, except those of timm's own
+    head and attention pool, which are not used."""
     unused = {
         id(parameter)
         for part in (getattr(module, "head", None), getattr(module, "attn_pool", None))

@@ -190,8 +190,9 @@ def says_patched(owner: str, names: list[str]) -> str:
 
 
 def train_what_is_tuned(module: nn.Module, mode: bool) -> None:
-    """Sets the mode of a backbone. A module is in `mode` if all its parameters are tuned, or if it
-    is an adapter: not torch's or timm's, with a tuned parameter. All others are in eval mode."""
+    """Sets the mode of a backbone's modules. A module gets `mode` if all its parameters are tuned,
+    or if it is an adapter: of a class that is neither torch's nor timm's, with a tuned parameter.
+    A module without parameters gets the same as its parent. All others are in eval mode."""
     flags = [parameter.requires_grad for parameter in module.parameters()]
     is_foreign = not type(module).__module__.startswith(("torch.nn.modules.", "timm."))
     is_tuned = any(flags) and (is_foreign or all(flags))
