@@ -23,7 +23,8 @@ triton = pytest.importorskip("triton", reason="this torch came without Triton")
 
 import cases
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+ROOT = str(Path(__file__).parent.parent)
+sys.path.append(ROOT + "/benchmarks")
 GATES = ("scalar", "channel", "token", "sample", "full")
 SMALL = cases.Case(batch=3, inplace=True)
 CHECKED = [
@@ -87,11 +88,9 @@ def interpret():
 
 @functools.cache
 def interpreted():
+    changes = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
     run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
+        [sys.executable, __file__], env=os.environ | changes, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
