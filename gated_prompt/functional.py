@@ -11,6 +11,8 @@ from gated_prompt.checks import checked, require_storage, require_writable
 from gated_prompt.ops import require_kernels
 from gated_prompt.traced import gated_rows, is_traced, traced_result, traced_rows, with_rows
 
+MIX = {"mix": True, "residual": False}  # the flag by which the raw ops know a rule
+
 
 def prompt_gate(
     block_out: Tensor,
@@ -222,7 +224,7 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
     carries = carrier is not None and grads and not block_out._is_view()
     if carrier is not None:
         rows = rows.detach()
-    arguments = (block_out, rows, carrier, carries, *gate, start, length, rule == "mix")
+    arguments = (block_out, rows, carrier, carries, *gate, start, length, MIX[rule])
     if len(gate) == 1:
         out = PromptGateFunction.apply(*arguments, grads and gate[0].requires_grad)
     else:
