@@ -116,7 +116,7 @@ def of_a_gate():
 
     for which, bound in ((SAVING, 1.35), (BOTH, 1.5)):
         of, over = (gate(p, which, **LINEAR) for p in ("gated_prompt, carrier", "bare GEMMs"))
-        yield Goal("G4", f"linear gate, {which}: time of ours / bare GEMMs", "≤", bound, of, over)
+        yield Goal("G4", f"linear gate, {which}: our time / bare GEMMs", "≤", bound, of, over)
     over, of = (gate(p, BOTH, **LINEAR) for p in ("gated_prompt, carrier", "original, compiled"))
     yield Goal(
         "G4", "linear gate, both passes: time of original, compiled / ours", "≥", 1.5, of, over
@@ -140,9 +140,7 @@ def of_a_step():
     of, over = ({k: v for k, v in row.items() if k != "case"} for row in (of, over))
     yield Goal("G6", "the same, lowest of all shapes that ran", "≥", 1, of, over)
     of = step("gated_prompt, compiled")
-    yield Goal(
-        "G6", "step, both compiled: time of ours / VPT-shallow", "≤", 1.02, of, figure="ratio"
-    )
+    yield Goal("G6", "step, both compiled: our time / VPT-shallow", "≤", 1.02, of, figure="ratio")
 
     for what, bound, peer in (
         ("with gates only", 1.01, "gated_prompt, gates alone"),
@@ -150,7 +148,7 @@ def of_a_step():
         ("with gates and temperatures", 1.025, "gated_prompt, all rows"),
     ):
         for how in ("", ", graph"):
-            whole = f"step{how}: time of ours / VPT-shallow, {what}"
+            whole = f"step{how}: our time / VPT-shallow, {what}"
             yield Goal("G7", whole, "≤", bound, step(peer + how), figure="ratio")
     of, what = (
         gate("device copy", BOTH),
@@ -164,7 +162,7 @@ def of_a_step():
         ("L", 1.025, LARGE, ""),
     ):
         of, over = step(f"gated_prompt, all rows{how}", shape), step(f"gated_prompt{how}", shape)
-        what = f"step, ViT-{what}{how}: time of ours, all rows of the last block / ours"
+        what = f"step, ViT-{what}{how}: our time with all rows of the last block / our time"
         yield Goal("G8", what, "≥", bound, of, over)
 
     for what, bound, of, over in (
@@ -176,17 +174,17 @@ def of_a_step():
         yield Goal("G9", f"step: peak memory of {what}", "≤", bound, of, over, "peak_gb")
     for how in ("", ", graph"):
         of, over = step("gated_prompt, memory low" + how), step("gated_prompt" + how)
-        yield Goal("G9", f"step{how}: time of ours, memory low / ours", "≤", 1.2, of, over)
+        yield Goal("G9", f"step{how}: our time with memory low / our time", "≤", 1.2, of, over)
 
     of, over = limit("GEMM"), step("gated_prompt, compiled")
-    what = "compiled step: time of ours / time of its FLOPs at the rate of a large GEMM"
+    what = "compiled step: our time / time of its FLOPs at the rate of a large GEMM"
     yield Goal("G12", what, "≤", 1.45, of, over, "tflop_per_s")
     yield Goal("G12", f"{what}; stretch goal", "≤", 1.35, of, over, "tflop_per_s")
 
     of = step("gated_prompt, memory low", LARGE_512)
     yield Goal(
         "G13",
-        "step, ViT-L, 512 px, B=16: peak memory of ours, memory low, GB",
+        "step, ViT-L, 512 px, B=16: our peak memory, memory low, GB",
         "≤",
         7,
         of,
@@ -204,9 +202,7 @@ def of_a_step():
         "G14", f"step: peak memory of {what.format('shallow')}", "≤", 1, of, shallow, "peak_gb"
     )
     yield Goal("G14", f"step: peak memory of {what.format('deep')}", "≤", 1, of, deep, "peak_gb")
-    yield Goal(
-        "G14", "step: time and peak memory of ours / VPT, settings of the papers", "≤", 1, None
-    )
+    yield Goal("G14", "step: our time and peak memory / VPT, settings of the papers", "≤", 1, None)
 
 
 def on_one_cpu_thread():
