@@ -3,11 +3,11 @@
 
 A backward may rescale the incoming gradient in place, instead of copying it, only if no other code
 can see that tensor. A gradient that only autograd's engine holds always has the same three
-reference counts: of the tensor in C++, of the tensor in Python, and of its storage. Any other
-holder raises one of them: another node that will receive the gradient, a caller who passed it in, a
-hook that keeps it, a tensor that it is a view of. One exception is known: if a backward returns
-memory of a numpy array, the counts do not show the array. PyTorch's engine has the same blind spot
-and also adds to such memory in place.
+reference counts: of the tensor in C++, of the tensor in Python, and of its storage. One of these
+counts is higher if anything else refers to the gradient: another node that will receive it, a
+caller who passed it in, a hook that keeps it, or its base tensor if it is a view. One exception is
+known: if a backward returns memory of a numpy array, the counts do not show the array. PyTorch's
+engine has the same blind spot and also adds to such memory in place.
 """
 
 from __future__ import annotations
@@ -106,13 +106,14 @@ def calibrate() -> None:
 
 def is_reusable(grad, counts) -> bool:
     """True if a backward may write into `grad`. counts: the result of `use_counts`, which the
-    backward must call before anything else. Views, such as an expanded or a lazily negated
-    gradient, share their storage, so their counts differ."""
+    backward must call before anything else. (A view shares its storage, so its counts differ.)"""
     return (
         counts is not None
         and Probe.counts.get(counts[0]) == counts[1]
         and _REUSES_GRADIENTS
+        and not grad.requires_grad  # it would keep the graph of its old values
         and not torch.is_grad_enabled()  # create_graph=True: a graph may save what we would write
-        and grad.is_contiguous()  # its elements may overlap
+        and grad.is_contiguous()  # otherwise its elements may overlap
+        and not grad.is_inference()  # PyTorch's own ops can't write into it
         and not _is_observed()
     )

@@ -536,6 +536,49 @@ def test_a_gradient_is_copied_while_a_graph_of_gradients_is_made(reused):
     assert reused == [False]
 
 
+def test_a_gradient_with_a_graph_is_copied(reused):
+    """Otherwise the gradient of h would keep the graph of the incoming gradient."""
+    s, scale = Gated(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def scaled(grad):
+        with torch.enable_grad():
+            return grad * scale
+
+    s.out.register_hook(scaled)
+    gradients = torch.autograd.grad((s.out * s.w).sum(), s.leaves)
+    for leaf, gradient in zip(s.leaves, gradients, strict=True):
+        assert not gradient.requires_grad
+        leaf.grad = gradient
+    s.assert_gradients(2 * s.w)
+    assert reused == [False]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gradient_that_is_an_inference_tensor_is_copied(gate, reused):
+    s = Gated(gate)
+
+    def make():
+        with torch.inference_mode():
+            return s.w.clone(), None
+
+    _Loss.apply(s.out, s.early, make).backward()
+    s.assert_gradients(s.w)
+    assert reused == [False]
+
+
+@pytest.mark.parametrize("is_detached", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_lazily_negated_gradient_of_a_backward_is_resolved(gate, is_detached):
+    s = Gated(gate)
+
+    def make():
+        negated = torch._neg_view(s.w.clone())
+        return negated.detach() if is_detached else negated, None
+
+    _Loss.apply(s.out, s.early, make).backward()
+    s.assert_gradients(-s.w)
+
+
 @pytest.mark.parametrize("needs_h", [True, False])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_lazily_negated_gradient_is_resolved(gate, needs_h):
