@@ -75,7 +75,8 @@ rehearsal: build  # the parts of make gpu on the CPU, tiny
 report: build
 	$(BIN)/python benchmarks/report.py benchmarks/README.md README.md docs/status.md
 	$(BIN)/python benchmarks/counts.py docs/counts.md
-	$(BIN)/python tests/support_matrix.py docs/status.md $(wildcard build/tests.jsonl $(RESULTS)/gpu.jsonl) $(REPORTS)
+	test ! -f build/tests.jsonl || $(BIN)/python tests/support_matrix.py docs/status.md build/tests.jsonl \
+	  $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
 
 guard: build  # UPDATE=--update writes the baseline; needs valgrind and nvcc
 	$(BIN)/python benchmarks/lab/guard.py $(UPDATE)

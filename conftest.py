@@ -100,6 +100,7 @@ class Rows:
     """Plugin that appends rows to the file, in the process that collects the reports."""
 
     def __init__(self, path, about):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.now = path.open("a"), {}
         self.write(about)
 

@@ -28,7 +28,6 @@ class WrapOptions:
 
     Raises:
         TypeError, ValueError: an option has a wrong type, is unknown or out of range.
-        RuntimeError: attention="xformers" can't run on this machine.
     """
 
     method: str
@@ -86,9 +85,6 @@ class WrapOptions:
             raise ValueError(
                 f"wrap: temperature must be in [{low}, {high}], got {self.temperature}"
             )
-        if self.attention == "xformers" and unavailable_reason("xformers") is not None:
-            reason = unavailable_reason("xformers")
-            raise RuntimeError(f"wrap: attention='xformers' can't run: {reason}")
 
     @property
     def has_prompts(self) -> bool:
@@ -107,8 +103,12 @@ class WrapOptions:
 
         Raises:
             TypeError: an option needs another kind of block or attention than vit has.
+            RuntimeError: attention="xformers" can't run on this machine.
             ValueError: an option does not fit vit or another option.
         """
+        if self.attention == "xformers" and unavailable_reason("xformers") is not None:
+            reason = unavailable_reason("xformers")
+            raise RuntimeError(f"wrap: attention='xformers' can't run: {reason}")
         depth, method = len(vit.blocks), self.method
         if self.has_prompts and self.num_prompts < 1:
             raise ValueError(
@@ -188,11 +188,11 @@ class WrapOptions:
             if not _has_known_attention(block):
                 attn = attention_of(block)
                 raise TypeError(
-                    "wrap: attn of each block must be a timm.layers.Attention or AttentionRope, or "
-                    "a timm.models.eva.EvaAttention, for a temperature (temperature=False: none), "
-                    "attention='xformers' or 'math', and last_block='pooled-rows', got "
-                    f"{type(attn).__module__}.{type(attn).__name__}; shard or replace attn after "
-                    "wrap"
+                    "wrap: a temperature, attention='xformers' or 'math', and "
+                    "last_block='pooled-rows' need blocks whose attn is a timm.layers.Attention, "
+                    "AttentionRope or timm.models.eva.EvaAttention, got "
+                    f"{type(attn).__module__}.{type(attn).__name__}; use temperature=False and the "
+                    "defaults of the others, or shard or replace attn after wrap"
                 )
 
 
@@ -213,8 +213,8 @@ def _default_pool(vit: nn.Module) -> str:
         return "patch"
     raise ValueError(
         f"wrap: pool must be one of {POOLS}, got None, for a backbone with global_pool="
-        f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}, which norms before it "
-        "pools; wrap norms after the pool"
+        f"{vit.global_pool!r} and final norm {type(vit.norm).__name__}: this backbone norms before "
+        "it pools, but the wrapped model norms after it pools, so you must choose the pool"
     )
 
 

@@ -72,7 +72,7 @@ def tuned_tensors(model: GatedPromptViT) -> dict[str, Tensor]:
     """
     tuned = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = name.rpartition(".")[0]
+        owner, _, last = name.rpartition(".")
         if name.startswith("backbone."):
             is_ours = (
                 tensor.requires_grad
@@ -81,10 +81,10 @@ def tuned_tensors(model: GatedPromptViT) -> dict[str, Tensor]:
             )
         else:
             is_ours = True
-        if is_ours and not isinstance(tensor, Tensor):
+        if is_ours and last == "_extra_state":
             raise ValueError(
-                f"tuned_state_dict: the state of a model must be tensors, got extra state of "
-                f"{owner!r}; save model.state_dict() instead"
+                "tuned_state_dict: the state of a model must be parameters and buffers, got extra "
+                f"state of {owner!r}; save model.state_dict() instead"
             )
         if is_ours:
             tuned[unpatched_name(name)] = tensor
