@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels of the prompt gate. They are memory bound: each element of the prompt rows is read
-// and written once, in packs of 16 bytes where the tensors allow. They touch no other rows.
+// CUDA kernels of the prompt gate. They are memory bound: they read and write each element of the
+// prompt rows once (the linear-token kernel reads h twice), in packs of 16 bytes if the tensors
+// allow it. They access no other rows.
 #include <cuda_runtime.h>
 
 #include "prompt_gate.h"
@@ -139,11 +140,12 @@ struct BackwardPack {
   }
 };
 
-// Takes one thread through its packs in stages, up to index `end` (exclusive). A stage is kStage
-// packs: start, start + inner, ...; the first stage starts at `first`, each later stage `step`
-// after the one before. load(pack, index) loads all packs of a stage before use(pack, index) uses
-// the first of them. kAhead: the next stage is loaded before the current stage is used. prepare()
-// runs after the first loads have been issued, so that it does not delay them.
+// Runs load(pack, index) and use(pack, index) for all packs of one thread whose index is less than
+// `end`. It works in stages of kStage packs, with indices start, start + inner, ...; start is
+// `first` in the first stage and grows by `step` from stage to stage. All packs of a stage are
+// loaded before the first of them is used. kAhead: the packs of the next stage are also loaded
+// before the packs of the current stage are used. prepare() runs after the loads of the first stage
+// have been issued, so that it does not delay them.
 template <int kStage, bool kAhead, class P, class Load, class Prepare, class Use>
 __device__ __forceinline__ void pipeline(int64_t first, int64_t inner, int64_t step, int64_t end,
                                          Load&& load, Prepare&& prepare, Use&& use) {
@@ -196,10 +198,10 @@ struct SumEnd {
   }
 };
 
-// Sums `values` separately for each channel of a strip, over the warps of `blocks` blocks. In the
-// last block to arrive, each thread loads 16 bytes of partial sums at a time, and groups of threads
-// share the blocks among them. With one thread per channel, each thread would wait for hundreds of
-// loads, one after the other.
+// Sums `values` separately for each channel of a strip, over the warps of `blocks` blocks. The last
+// block to arrive adds the partial sums of all blocks. Each group of its threads adds the sums of
+// some of the blocks, and a thread loads 16 bytes at a time. If one thread added all sums of a
+// channel, it would wait for hundreds of loads, one after the other.
 template <class A, int kVector>
 __device__ __forceinline__ void strip_sum_over_blocks(const PromptGateParams& p, bool is_bias,
                                                       RowIndex row, int64_t first_channel,
@@ -356,9 +358,9 @@ __device__ __forceinline__ int64_t pack_at(const Rows& rows, RowIndex row, int64
   return offset_of(rows, row) + channel * rows.channel_stride;
 }
 
-// Packs of one row that a lane loads together: with 3, a warp loads a row of 768 16-bit elements.
-// A larger pack takes more registers and is loaded by itself, so that nothing spills (make
-// resources).
+// Number of packs of one row that a lane loads before it uses the first. With 3, a warp loads a
+// whole row of 768 16-bit elements. A pack of more than 16 bytes takes more registers, so only one
+// is loaded at a time; otherwise registers spill (make guard).
 template <class H, class X, int kVector>
 constexpr int kRowPacks = (sizeof(H) > sizeof(X) ? sizeof(H) : sizeof(X)) * kVector > 16 ? 1 : 3;
 
@@ -741,7 +743,8 @@ int capture_of(void* stream, unsigned long long* id) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error =
       cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, id);
-  if (error != cudaSuccess) cudaGetLastError();  // reported here, so not by the next launch
+  // Clears the error, which is returned below; otherwise the next launch would report it.
+  if (error != cudaSuccess) cudaGetLastError();
   if (status == cudaStreamCaptureStatusNone) *id = 0;
   return static_cast<int>(error);
 }

@@ -60,9 +60,10 @@ struct PromptGateParams {
   Rows gathered;  // [B, P, D] contiguous, dtype of h: a copy of h before the update
 };
 
-// A segment is the set of rows that share one gate; the gradient of the gate is summed over it. If
-// every row has its own gate ("streamed"), all rows are one segment: gates are read and their
-// gradients written row by row, and only the gradient of a bias is a sum.
+// A segment is the set of rows that share a gate (or, with by_channel, the gates of all channels).
+// The gradient of a gate is a sum over the rows of its segment. If every row has its own gates
+// ("streamed"), all rows are one segment: gates are read, and their gradients are written, row by
+// row. The only sum over rows is then the gradient of a bias.
 struct Segments {
   int64_t count;
   int64_t rows;  // per segment
@@ -84,7 +85,8 @@ GP_HD RowIndex row_of_segment(const PromptGateParams& p, const Segments& segment
                               int64_t i) {
   if (p.by_row && !segments.streamed) return {i, segment};
   if (p.by_sample && !segments.streamed) return {segment, i};
-  if (((i | p.length) >> 32) == 0) {  // like divide(); a 32-bit remainder takes fewer registers
+  // not divide(): it computes the remainder in 64 bits, which takes more registers
+  if (((i | p.length) >> 32) == 0) {
     const uint32_t b = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.length);
     return {b, static_cast<uint32_t>(i) - b * static_cast<uint32_t>(p.length)};
   }
@@ -102,7 +104,8 @@ GP_HD int64_t offset_of(const Rows& rows, RowIndex row) {
 // does not change any bit of a result. The caller distributes the tasks over its threads.
 
 constexpr int64_t kTaskElements = 8192;  // 16 to 64 KiB: a task stays in the nearest caches
-constexpr int64_t kRowElements = 4096;   // of a joined row: it stays there for a second pass
+// largest joined row: it is still in the cache in a second pass over it
+constexpr int64_t kRowElements = 4096;
 
 // True if all elements of a sample share one gate, and the rows of a sample follow each other
 // without a gap in every tensor. Such rows can be cut anywhere.
@@ -181,12 +184,14 @@ inline Mapping mapping_of(const PromptGateParams& p, bool backward) {
 
 struct LaunchPlan {
   Mapping mapping;
-  int threads;     // per block
-  int64_t grid_x;  // blocks over: packs of a sample; samples (kPrompts); rows (kRows, kStrips)
-  int64_t grid_y;  // blocks over: samples; kWarps prompts each (kPrompts); segments (kStrips)
-  int64_t grid_z;  // blocks over: strips
+  int threads;  // per block
+  // blocks along the packs of a sample (kPacks), samples (kPrompts), rows (kRows, kStrips)
+  int64_t grid_x;
+  // blocks along samples (kPacks), groups of kWarps prompts (kPrompts), segments (kStrips)
+  int64_t grid_y;
+  int64_t grid_z;  // blocks along strips
   int vector;      // elements in a pack: 16 or 4 bytes of the narrower of h and x, or one element
-  int64_t rows;    // P, or 1 if the P rows of a sample are one contiguous run
+  int64_t rows;    // P; 1 if rows_are_one_run (then "row" means all prompt rows of a sample)
   int64_t packs_per_row;
 };
 

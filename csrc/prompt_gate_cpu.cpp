@@ -17,8 +17,8 @@ namespace {
 
 // ---- loops over n elements, in addition to the loops of vec_cpu.h ----
 
-// A target may be the same array as a source. Even then no iteration depends on another one, as
-// ivdep promises the compiler. V is the type of a row's elements: a storage type, or A.
+// A target may be the same array as a source. Even then no iteration depends on another one, and
+// `ivdep` tells the compiler this. V is the type of a row's elements: a storage type, or A.
 #define GP_LOOP _Pragma("GCC ivdep") _Pragma("GCC unroll 4")
 
 template <class T, class A, bool kUnit>  // source [n] -> target [n], rounded
@@ -66,12 +66,14 @@ GP_TARGET_CLONES void scale_row(const A* t, G g, G w, int64_t n, V* grad_h, V* g
   }
 }
 
-template <class V, class A>  // scale_row; returns the sum of s*t with the bits of dot_row
+// Like scale_row; also returns the sum of s*t, with the same bits as dot_row.
+template <class V, class A>
 GP_TARGET_CLONES double scale_and_dot_row(const V* s, const A* t, A g, A w, int64_t n, V* grad_h,
                                           V* grad_x) {
   A lanes[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {  // three loops: for float16, one would be too long
+  // three inner loops: g++ does not vectorise a single one for float16
+  for (; i + kLanes <= n; i += kLanes) {
     for (int64_t k = 0; k < kLanes; ++k) lanes[k] += widen(s[i + k]) * t[i + k];
     _Pragma("GCC ivdep") for (int64_t k = 0; k < kLanes; ++k) grad_x[i + k] =
         narrow<V>(w * t[i + k]);
@@ -81,7 +83,7 @@ GP_TARGET_CLONES double scale_and_dot_row(const V* s, const A* t, A g, A w, int6
   for (int64_t k = 0; i < n; ++i, ++k) {
     lanes[k] += widen(s[i]) * t[i];
     grad_x[i] = narrow<V>(w * t[i]);
-    grad_h[i] = narrow<V>(g * t[i]);  // last: t may be the same row
+    grad_h[i] = narrow<V>(g * t[i]);  // written last, because t may be the same row as grad_h
   }
   return sum_of_lanes(lanes);
 }
@@ -254,7 +256,7 @@ void backward(const PromptGateParams& p, int64_t begin, int64_t end, compute_t<V
   GateRow<A> gate{grad + n, grad + n + width, grad + n + 2 * width, width};
   for_each_task(p, begin, end, [&](int64_t task, int64_t segment, int64_t first, int64_t last) {
     A* const sums = partials == nullptr ? nullptr : partials + task * width;
-    double sum = 0;  // used if the logit has one element per row
+    double sum = 0;  // used unless by_channel
     if (sums != nullptr) std::fill(sums, sums + width, A(0));
     for (int64_t i = first; i < last; ++i) {
       const RowIndex row = row_of_segment(p, segments, segment, i);

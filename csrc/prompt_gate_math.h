@@ -51,7 +51,8 @@ template <class A>
 GP_HD Gate<A> make_gate(A logit) {
   const A e = exp_of_negative(logit < A(0) ? -logit : logit);  // in [0, 1]: never overflows
   const A large = A(1) / (A(1) + e);
-  const A small = e * large;  // a second division would cost as much as everything else
+  // not e / (1 + e): a second division would cost as much as all other operations together
+  const A small = e * large;
   const A g = logit > A(0) ? large : small;
   const A complement = logit > A(0) ? small : large;
   return {g, g == A(1) ? A(0) : complement, large * small};

@@ -11,7 +11,7 @@ from gated_prompt.checks import checked, require_storage, require_writable
 from gated_prompt.ops import require_kernels
 from gated_prompt.traced import gated_rows, is_traced, traced_result, traced_rows, with_rows
 
-MIX = {"mix": True, "residual": False}  # the flag by which the raw ops know a rule
+MIX = {"mix": True, "residual": False}  # rule: the value of the flag `mix` of the raw ops
 
 
 def prompt_gate(
@@ -30,8 +30,8 @@ def prompt_gate(
         mix:       out = g * h + (1 - g) * x
         residual:  out = x + g * h
 
-    All other rows are copied from block_out, bit for bit. The formula is computed in float32
-    (float64 for float64) and rounded once to block_out's dtype. Autocast changes nothing.
+    All other rows are copied from block_out, bit for bit. The formula is computed in float32 (in
+    float64 if block_out is float64) and rounded once to block_out's dtype. Autocast has no effect.
 
     Args:
         block_out: The block's output, [B, N, D]; float64, float32, bfloat16 or float16, any
@@ -81,11 +81,12 @@ def prompt_gate_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`prompt_gate` in place: reads and writes only the prompt rows of block_out.
 
-    For autograd this is an in-place operation with PyTorch's rules. The output of a ViT block (a
-    sum) may be overwritten. A leaf that requires grad raises an error before the write. A tensor
-    that an earlier op saved for its backward (relu, tanh, softmax) raises PyTorch's error when that
-    backward runs. The prompt rows of block_in and block_out must not overlap in memory, unless they
-    are exactly the same elements.
+    For autograd this is an in-place operation with PyTorch's rules. The output of a ViT block may
+    be overwritten, because it is the result of a sum, which saves nothing. If block_out is a leaf
+    that requires grad, an error is raised before the write. If an earlier op saved block_out for
+    its backward (relu, tanh, softmax), PyTorch raises its usual error when that backward runs. The
+    prompt rows of block_in and block_out must not overlap in memory, unless they are exactly the
+    same elements.
 
     Args, formula, dtypes, gradients and errors: see `prompt_gate`. Also:
 
@@ -93,8 +94,8 @@ def prompt_gate_(
         carrier: [B, P, D] in block_in's dtype. The gradient of block_in's prompt rows goes to this
             tensor, so that autograd need not build a [B, N, D] gradient of block_in that is zero in
             all other rows. First gate: the prompts as they were inserted into the sequence. Each
-            later gate: the carrier that the gate before it returned. A compiled or transformed gate
-            does not use it and sends the gradient through block_in.
+            later gate: the carrier that the previous gate returned. Under torch.compile and
+            torch.func the carrier is not used; the gradient goes through block_in.
 
     Returns:
         block_out; if a carrier was given, (block_out, carrier for the next gate). The values of the
@@ -236,5 +237,6 @@ def _apply(op, block_out, rows, carrier, gate, start, length, rule):
         out = PromptGateLinearFunction.apply(*arguments, saves)
     if carrier is None or carries:
         return out
-    # If block_out is a view, autograd allows only one output; without gradients, one is enough.
+    # The Function has returned only block_out: if it is a view, autograd allows no second output,
+    # and without gradients none is needed. The slice is the next carrier.
     return out, out[:, start : start + length]

@@ -236,7 +236,8 @@ class DeepPromptTokens(nn.Module):
 def _expanded(module, tokens: Tensor, like: Tensor) -> Tensor:
     """tokens [P, D] after dropout, as [B, P, D] in the batch size and dtype of `like`."""
     if not torch.is_grad_enabled() and not torch.jit.is_tracing():
-        tokens = tokens.detach()  # torch's FlopCounterMode fails there on views of parameters
+        # without gradients, torch's FlopCounterMode fails on views of parameters
+        tokens = tokens.detach()
     tokens = tokens.expand(like.shape[0], -1, -1)
     return (module.dropout(tokens) if module.training else tokens).to(like.dtype)
 

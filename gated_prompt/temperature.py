@@ -90,7 +90,7 @@ def clamped(temperature: Tensor | float) -> Tensor | float:
 
 def clamp_straight_through(temperature: Tensor) -> Tensor:
     """`clamped`, with the gradient of the identity."""
-    # t + (clamp(t) - t) would cancel: for t = -1 in bfloat16 it gives 0.0078
+    # not t + (clamp(t) - t), which cancels: for t = -1 in bfloat16 it gives 0.0078 instead of 0.01
     return clamped(temperature).detach() + (temperature - temperature.detach()).reshape(())
 
 
@@ -111,13 +111,15 @@ def _differentiable(temperature: Tensor) -> Tensor:
 
 def is_transformed(*tensors: Tensor) -> bool:
     """True under functorch, forward AD, export and torch.jit tracing, and for tensor subclasses:
-    our autograd Functions must not run there. They may run under torch.compile, which then keeps a
-    third of a [B, N, D] less per block than if q itself is divided."""
+    our autograd Functions must not run there. Under torch.compile they may run. Each block then
+    keeps less for backward than if q itself were divided (a third of the size of [B, N, D] less).
+    """
     return is_traced(*tensors) and not torch.compiler.is_dynamo_compiling()
 
 
 def is_in_plain_aten(grad: Tensor) -> bool:
-    """True if a backward is traced, differentiated, or mapped by vmap, and so must use ATen ops."""
+    """True if a backward must use ATen ops: it is compiled, it is itself differentiated
+    (create_graph=True), or torch.autograd.grad(is_grads_batched=True) maps it."""
     return torch.compiler.is_compiling() or torch.is_grad_enabled() or is_mapped(grad)
 
 

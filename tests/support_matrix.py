@@ -27,7 +27,7 @@ ROWS = {  # row: (test file, pattern of a test's name; its group is the name in 
         "test_attention",
         r"(?:function_and_gradients|backend_that_was_asked).*\[(sdpa|math|xformers)",
     ),
-    "dtypes (of `scaled_dot`; a test of the gate takes several)": (
+    "dtypes (only tests of `scaled_dot`; each test of the gate runs several dtypes)": (
         "test_scaled_dot",
         r"(float64|float32|bfloat16|float16)(?!\w)",
     ),
@@ -75,7 +75,10 @@ def table(reports):
             match = re.search(pattern, name) if file == wanted else None
             if match:
                 passed[row][match[1]] += has_passed
-    lines = ["| | with the number of tests that passed |", "| --- | --- |"]
+    lines = [
+        "| | what was tested (in brackets: the number of tests that passed) |",
+        "| --- | --- |",
+    ]
     for row in ROWS:
         names = (f"{n} ({passed[row][n] or 'not run'})" for n in sorted(passed[row]))
         lines.append(f"| {row} | {', '.join(names)} |")

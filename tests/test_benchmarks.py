@@ -585,6 +585,15 @@ def test_tables_of_a_gpu_render_from_all_rows_and_from_any_one_of_them():
     assert found.count(" ms |") == 4
 
 
+def test_vpt_in_the_summary_is_what_ran_in_turns_with_ours():
+    """Medians of two rows may be minutes apart."""
+    ours = made_up(goals.step("gated_prompt"), median_us=29_200.0, ratio=[1.2, 1.25, 1.3])
+    vpt = made_up(goals.step("vpt-shallow"), median_us=27_000.0)
+    runs = [report.load()["cpu"]["runs"][0] | {"gpu": {"name": "H0", "cuda": "1"}}]
+    table = report.summary({"rows": [ours, vpt], "runs": runs, "parts": {}})
+    assert "| 29.2 (1.00) | 23.4 (0.80) |" in table
+
+
 @pytest.mark.parametrize("page", ["benchmarks/README.md", "README.md", "docs/status.md"])
 def test_the_page_is_what_the_results_say(page):
     page = (ROOT / page).read_text()

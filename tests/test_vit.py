@@ -857,7 +857,7 @@ def test_bad_models_get_their_error():
     gp.unwrap(gp.wrap(parallel, "linear"))  # "linear" replaces no attention
     with pytest.raises(
         TypeError,
-        match=r"attn of each block must be a timm.layers.Attention or .*, got builtins.NoneType",
+        match=r"need blocks whose attn is a timm.layers.Attention, .*, got builtins.NoneType",
     ):
         gp.wrap(parallel, "gpt")
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
@@ -872,7 +872,7 @@ def test_bad_models_get_their_error():
     odd.blocks[1].attn = nn.Identity()
     with pytest.raises(
         TypeError,
-        match=r"attn of each block must be a timm.layers.Attention or .*, got torch.nn.*Identity",
+        match=r"need blocks whose attn is a timm.layers.Attention, .*, got torch.nn.*Identity",
     ):
         gp.wrap(odd)
     assert all(p.requires_grad for p in odd.parameters())

@@ -379,7 +379,10 @@ def report(results: dict, config: DemoConfig, console: Console) -> None:
     about = "one seed"
     if config.seeds > 1:
         about = f"{config.seeds} tuning seeds of one backbone, mean ± standard deviation"
-    about += ", differences under about two points are noise; the paper's numbers are the paper's"
+    about += (
+        ", differences under about two points are noise; do not compare with the numbers of the "
+        "paper"
+    )
     markdown = [columns, ("---", "---:", "---:", "---:"), *rows]
     lines = ["| " + " | ".join(row) + " |" for row in markdown]
     (config.output / "table.md").write_text("\n".join([*lines, "", about, ""]))

@@ -50,8 +50,8 @@ class Tempering(nn.Module):
 
     This module replaces `attn.q_norm`, which all of timm's attentions call, and calls the original.
     (A hook would work in eager mode. But torch.compile does not check whether a module that it has
-    compiled got hooks; it does notice a replaced module.) A forward that somebody put on the
-    attention instance may not call q_norm; then the projection gets a hook that divides.
+    compiled got hooks; it does notice a replaced module.) If the attention instance has its own
+    forward, that forward might not call q_norm; then a hook on the projection divides instead.
 
     Attributes:
         norm: The original q_norm.
@@ -75,11 +75,11 @@ class Tempering(nn.Module):
         replaced, and two blocks may share one attention."""
         if not hasattr(attn, "q_norm"):
             raise RuntimeError(
-                f"GatedPromptViT: block {self.index} must have an `attn` with a `q_norm`, as "
-                f"timm's have, for its temperature, got {type(attn).__name__}; put `attn` on what "
-                "replaces the block, or wrap with temperature=False"
+                f"GatedPromptViT: for its temperature, block {self.index} must have an `attn` with "
+                f"a `q_norm`, as timm's blocks have, got {type(attn).__name__}; give the module "
+                "that replaces the block this `attn`, or wrap with temperature=False"
             )
-        projection = _calls_projection_alone(attn)
+        projection = _projection_to_hook(attn)
         is_there = attn is self.attn and attn.q_norm is self
         is_there = is_there and temperatures is self.temperatures
         is_there = is_there and (projection is None or self._hooks(projection))
@@ -87,8 +87,9 @@ class Tempering(nn.Module):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"GatedPromptViT: the attention of block {self.index} was changed since it ran "
-                "last; run the model once without torch.compile, so that its temperature follows"
+                f"GatedPromptViT: the attention of block {self.index} was replaced or patched "
+                "since the last call; call the model once without torch.compile, which moves the "
+                "temperature to the new attention"
             )
         vars(self)["temperatures"] = temperatures
         if attn.q_norm is not self:
@@ -104,13 +105,13 @@ class Tempering(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         q = self.norm(q)
-        return q if _calls_projection_alone(self.attn) is not None else self.divided(q)
+        return q if _projection_to_hook(self.attn) is not None else self.divided(q)
 
     def divided(self, q: Tensor) -> Tensor:
         return self.with_temperature(lambda temperature: tempered(q, temperature))
 
     def after_projection(self, module: nn.Module, args, out: Tensor) -> Tensor | None:
-        if module is not _calls_projection_alone(self.attn):
+        if module is not _projection_to_hook(self.attn):
             return None  # the patched forward was removed; q_norm divides again
         if module is not self.attn.qkv:
             return self.divided(out)
@@ -146,7 +147,7 @@ def original_norm(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def _calls_projection_alone(attn: nn.Module) -> nn.Module | None:
+def _projection_to_hook(attn: nn.Module) -> nn.Module | None:
     """The module that projects the queries, if the attention instance has its own forward, which
     need not call an Identity q_norm. None if q_norm divides, or if the biases are separate."""
     if "forward" not in vars(attn) or not isinstance(original_norm(attn.q_norm), nn.Identity):

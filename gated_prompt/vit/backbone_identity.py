@@ -111,7 +111,8 @@ def differences_of(saved: dict, got: dict) -> str:
     if not words and saved["frozen_sha256"] != got["frozen_sha256"]:
         (wanted, got) = (f"{i['architecture']}.{i['tag']}, {i['source']}" for i in (saved, got))
         words = [
-            f"its frozen weights, or their names, had another SHA-256 ({wanted!r}), got {got!r}; "
-            "if the backbone had adapters when it was saved, add them before load_tuned"
+            "its frozen weights or their names are different (another SHA-256); saved with "
+            f"{wanted!r}, got {got!r}; if the backbone had adapters when it was saved, add them "
+            "before load_tuned"
         ]
     return "; ".join(words)

@@ -68,13 +68,14 @@ def load_backbone(
 ) -> LoadReport:
     """Loads a checkpoint's backbone into a timm model, completely or not at all.
 
-    Reads MAE (encoder, with decoder, fine-tuned), MoCo v3 (both encoders, linear-probed), DINO and
-    DINOv2 (flat, full, training teacher; registers), and what timm's converters read: timm's own
-    names, CLIP and SigLIP vision towers, EVA, DINOv3. The names may have any prefix, such as the
-    prefixes of DDP, torch.compile, Lightning and I-JEPA. MAE's encoder and MoCo v3's linear-probed
-    file are recognised by their fixed position embeddings. A classifier is never loaded. Position
-    embeddings are resampled to the model's image size (bicubic, antialiased). An RGB patch
-    embedding is adapted to the model's channels as timm does it.
+    Reads files of MAE (only the encoder, encoder and decoder, fine-tuned), MoCo v3 (both encoders,
+    linear-probed), DINO and DINOv2 (only the backbone, or a training checkpoint; with or without
+    registers), and everything that timm's converters read: timm's own names, CLIP and SigLIP vision
+    towers, EVA, DINOv3. The names may have any prefix, such as the prefixes of DDP, torch.compile,
+    Lightning and I-JEPA. MAE's encoder and MoCo v3's linear-probed file are recognised by their
+    fixed position embeddings. A classifier is never loaded. Position embeddings are resampled to
+    the model's image size (bicubic, antialiased). An RGB patch embedding is adapted to the model's
+    channels as timm does it.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva`, not wrapped.
@@ -141,8 +142,8 @@ def load_backbone(
     _fit_channels(state, vit, notes)
     if layout.source == "mocov3" and vit.embed_dim == 384 and vit.blocks[0].attn.num_heads != 12:
         raise CheckpointError(
-            f"{who}: MoCo v3's ViT-S has 12 heads, which its tensors don't show, and vit has "
-            f"{vit.blocks[0].attn.num_heads}: build it with num_heads=12"
+            f"{who}: MoCo v3's ViT-S has 12 heads, but vit has {vit.blocks[0].attn.num_heads} (the "
+            "shapes of the tensors are the same for both): build vit with num_heads=12"
         )
     if layout.convert is not by_timm:
         _fit_positions(state, vit, notes)
@@ -271,6 +272,8 @@ def create_backbone(
     Args:
         name: A name from `timm.list_models()`, with or without a tag.
         checkpoint, which, expect_sha256: See `load_backbone`.
+        num_classes: Number of outputs of the head that `wrap` makes. 0, the default: no head.
+        img_size: Passed to `timm.create_model`. None: the architecture's size.
         pretrained: Lets timm download the weights of the tag.
         kwargs: Passed to `timm.create_model`.
 

@@ -56,8 +56,9 @@ def read_checkpoint(path: str | os.PathLike, *, expect_sha256: str | None = None
     """Reads a torch.save or safetensors file without running anything in it.
 
     Tensors may be memory-mapped from the file: do not change it while they are in use. A torch.save
-    file may name only tensors, containers, `argparse.Namespace` and numpy values (these are loaded
-    as placeholders). Its names and its sizes are checked before it is unpickled.
+    file may contain only tensors, containers, `argparse.Namespace` and numpy values (numpy values
+    are loaded as placeholders). The types that it uses and the sizes that it declares are checked
+    before it is unpickled.
 
     Args:
         path: The file. Its content decides the format, except that a name ending in .safetensors
@@ -69,9 +70,9 @@ def read_checkpoint(path: str | os.PathLike, *, expect_sha256: str | None = None
         The saved dict, with tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is empty, truncated or not a checkpoint; it names something else
-            (the message lists the names); it declares a size that it can't contain; it has another
-            SHA-256.
+        CheckpointError: the file is empty, truncated or not a checkpoint; it uses another type or
+            function (the message lists them); it declares a size that it can't contain; it has
+            another SHA-256.
         OSError: FileNotFoundError, IsADirectoryError, PermissionError with the path.
     """
     if not isinstance(path, (str, os.PathLike)):

@@ -108,10 +108,10 @@ class Layout:
 
     Attributes:
         words, source: The layout's name for the reader, and for `vit._gated_prompt_source`.
-        signs, absent: Each of `signs` must match some name; `absent` may match none.
+        signs, absent: Each pattern in `signs` must match at least one name; `absent` must match no
+            name.
         proof: (tensors, file) -> True if the values or the rest of the file prove the layout.
-        place: The pattern that "entry/prefix" must match, which says where in the file the encoder
-            is.
+        place: A pattern for the place of the encoder in the file, "entry/prefix".
         drops: (pattern, words) of each part of the encoder that is not loaded.
         outside: (pattern, words) of names without the prefix; a name that matches none of them is
             an error. None: any names are allowed, and the report lists them.

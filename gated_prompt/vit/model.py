@@ -41,8 +41,8 @@ class GatedPromptViT(nn.Module):
 
     The prompts are inserted once, before the first block. After block l, which maps x to
     block_l(x), the prompt rows become g_l * block_l(x) + (1 - g_l) * x (rule "mix"). The fused op
-    writes these rows in place. With deep prompts, x in this formula is the new prompts of block
-    l + 1, and g_l = 0 if block l has no gate.
+    writes these rows in place. With deep prompts, in all blocks except the last, x in this formula
+    is the new prompts of block l + 1, and g_l = 0 if block l has no gate.
 
     Public attributes that the wrapper lacks are taken from the backbone: `blocks`, `patch_embed`,
     `pretrained_cfg`, ...
@@ -107,7 +107,8 @@ class GatedPromptViT(nn.Module):
         return getattr(self.backbone, MARK)
 
     def _tuned_dtype(self) -> torch.dtype:
-        """float64 for a float64 backbone, otherwise float32: less loses small optimiser steps."""
+        """float64 for a float64 backbone, otherwise float32. A narrower dtype would round small
+        optimiser steps away."""
         is_double = any(p.dtype == torch.float64 for p in self.backbone.parameters())
         return torch.float64 if is_double else torch.float32
 
@@ -209,7 +210,8 @@ class GatedPromptViT(nn.Module):
         return self._in_backbone(images, self._run)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, D] -> logits [B, classes]; with pre_logits, the pooled, normed [B, D]."""
+        """Tokens [B, N, D] -> logits [B, classes]; with pre_logits=True, the pooled and normed
+        features [B, D]."""
         features = self._normed_mean(x[:, self._pooled_rows(x.shape[1])])
         return features if pre_logits else self._logits(features)
 
@@ -227,7 +229,8 @@ class GatedPromptViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """Like timm's: the tokens after the blocks of `indices`, with the prompts in the sequence.
+        """Like timm's method: returns the tokens after the blocks that `indices` selects. The
+        prompts are in the sequence while the blocks run.
 
         Args:
             indices: An int n: the last n blocks. A list: these blocks. None: all blocks.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads checkpoints that the original project tuned into a wrapped model."""
+"""Loads tuned checkpoints of the original project into a wrapped model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def load_official(model: GatedPromptViT, source: str | os.PathLike | Mapping) ->
 
     The keys may have the prefixes `module.` and `enc.`. They are prompt_embeddings [1, P, D],
     gate_logit [G], temp [L], deep_prompt_embeddings [L-1, P, D], head.last_layer.{weight,bias}, and
-    either the whole backbone under timm's names or none of it. gate_logit is the logit itself (only
-    the original's config has the opposite sign). The model must be wrapped in the same way: scalar
-    gates of rule "mix", prompts at the start, gated_blocks=G.
+    either the whole backbone under timm's names or nothing of it. gate_logit has the sign that this
+    package uses (the value in the original's config has the opposite sign). The model must be
+    wrapped as the original was: scalar gates with rule "mix", prompts at the start, gated_blocks=G.
 
     Returns:
         A `LoadReport`; its counts are tensors of the file.
@@ -128,7 +128,11 @@ def _tuned_parts(who: str, model: GatedPromptViT, state: dict, notes: list):
             dropped.append(key)
             notes.append(f"dropped {key}, which the original ignores if there are deep prompts")
         elif not rows or value.shape != (len(rows), *rows[0].shape):
-            wanted = [len(rows), *rows[0].shape] if rows else f"absent (wrap without {option})"
+            wanted = (
+                [len(rows), *rows[0].shape]
+                if rows
+                else f"absent, because the model was wrapped without {option}"
+            )
             raise CheckpointError(f"{who}: {key} must be {wanted}, got {list(value.shape)}")
         else:
             targets |= {f"{key}[{i}]": row for i, row in enumerate(rows)}

@@ -241,9 +241,10 @@ def _check_can_be_made(model: GatedPromptViT) -> None:
     differing = [n for n in {**wanted, **got} if wanted.get(n) != got.get(n)]
     if differing:
         raise ValueError(
-            f"save_tuned: model must have the parameters that wrap makes by its options, got other "
-            f"{first_names(differing)}, which load_tuned could not make; save "
-            "tuned_state_dict(model), and load it into a model that you have built in the same way"
+            "save_tuned: model must have exactly the parameters that wrap makes from its options; "
+            f"missing, additional or of another shape: {first_names(differing)}; load_tuned could "
+            "not rebuild them; save tuned_state_dict(model), and load it into a model that you "
+            "have built in the same way"
         )
 
 

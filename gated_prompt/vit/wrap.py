@@ -84,8 +84,9 @@ def wrap(
         prompt_init: "uniform" or "normal": see `PromptTokens`. "mean", "random-token" or "kmeans":
             from the patch tokens of init_images that enter the same block, including position
             embeddings; see `gated_prompt.vit.prompt_init.prototypes`.
-        init_images: The images for these three: [M, C, H, W], or an iterable of batches, which may
-            be (images, labels) pairs. Normalised as for training, without augmentation.
+        init_images: Required for "mean", "random-token" and "kmeans": images [M, C, H, W], or an
+            iterable of batches, which may be (images, labels) pairs. Normalised as for training,
+            without augmentation.
         pool: The tokens that the head reads. "cls": the class token. "patch", "prompt",
             "prompt+patch": the mean of these tokens. The backbone's final norm comes after the
             pool. None: "prompt+patch" for MAE, as in the paper (MAE is recognised by timm's tag or
@@ -99,10 +100,10 @@ def wrap(
             pool reads. Same logits. Not allowed if the last block has a gate. "all-rows": computes
             all tokens. "auto": "pooled-rows" if the method has prompts, the pool is "cls" or
             "prompt" (where most is saved), and the last block supports it.
-        frozen_dtype: Keeps the weights of frozen linear and convolution layers in this dtype, for
-            example torch.bfloat16, for use under autocast to it, which would otherwise cast these
-            weights at each use. The original weights are kept on the CPU, and `unwrap` restores
-            them.
+        frozen_dtype: Stores the weights and biases of frozen linear and convolution layers in this
+            dtype, for example torch.bfloat16. Then autocast need not cast them at each use. Call
+            the model under torch.autocast with this dtype, or with images of this dtype. The
+            originals are kept on the CPU, and `unwrap` restores them.
 
     Returns:
         A `GatedPromptViT`.
@@ -141,7 +142,7 @@ def wrap(
     _warn_of_frozen_adapters(vit)
     model = GatedPromptViT(vit, options, prompts, deep_prompts, gates)
     if method in ("full", "bias"):
-        _thaw(vit, biases_alone=method == "bias")
+        _thaw(vit, only_biases=method == "bias")
     elif method.startswith("partial-"):
         _thaw(nn.ModuleList([*vit.blocks[-options.tuned_blocks :], vit.norm, vit.fc_norm]))
     try:
@@ -277,7 +278,7 @@ _BIAS = re.compile(  # also Eva's q_bias, and pruned or parametrised biases
 )
 
 
-def _thaw(module: nn.Module, biases_alone: bool = False) -> None:
+def _thaw(module: nn.Module, only_biases: bool = False) -> None:
     """Makes the parameters of module, or only its biases, trainable, except those of timm's own
     head and attention pool, which are not used."""
     unused = {
@@ -288,5 +289,5 @@ def _thaw(module: nn.Module, biases_alone: bool = False) -> None:
     }
     for name, parameter in module.named_parameters():
         is_bias = _BIAS.search(name) is not None
-        if id(parameter) not in unused and (is_bias or not biases_alone):
+        if id(parameter) not in unused and (is_bias or not only_biases):
             parameter.requires_grad_(True)

@@ -183,9 +183,9 @@ def patched_methods(vit: nn.Module) -> list[str]:
 
 def says_patched(owner: str, names: list[str]) -> str:
     return (
-        f"the instance {owner} (or its blocks) has its own {', '.join(names)}, which would "
-        "not run, because the wrapper does this work; patch the modules inside instead, and "
-        "apply accelerate after wrap"
+        f"{owner} (or its blocks) has its own {', '.join(names)}, which would not run, because "
+        f"the wrapper replaces it; patch the modules inside {owner} instead; if accelerate has "
+        "replaced it, call accelerate after wrap"
     )
 
 
