@@ -78,7 +78,7 @@ class GatedPromptViT(nn.Module):
         restates = restates or options.last_block == "pooled-rows"
         self._backend = options.attention if restates else None
         self._temperings = [
-            None if source == 1.0 else Tempering(attention_of(block), source, index)
+            Tempering(attention_of(block), source, index) if options.has_temperature else None
             for index, block in enumerate(vit.blocks)
         ]
         self._wrapping.temperings = self._temperings

@@ -91,6 +91,12 @@ class WrapOptions:
         return self.method.startswith(("vpt", "gpt"))
 
     @property
+    def has_temperature(self) -> bool:
+        """True if a block's attention is divided by a temperature other than the constant 1."""
+        is_one = self.temperature is not True and float(self.temperature or 1.0) == 1.0
+        return self.method.startswith("gpt") and not is_one
+
+    @property
     def tuned_blocks(self) -> int:
         """k of the method "partial-k", 0 for the other methods."""
         is_partial = self.method.startswith("partial-")
@@ -180,11 +186,8 @@ class WrapOptions:
                     f"Block or EvaBlock, got {type(block).__module__}.{type(block).__name__}; "
                     "memory='default' and last_block='all-rows' work with any block"
                 )
-        has_temperature = self.temperature is True or self.temperature not in (False, 1.0)
-        is_tempered = self.method.startswith("gpt") and has_temperature
-        for block in (
-            vit.blocks if is_tempered or self.attention not in ("auto", "sdpa") else pooled
-        ):
+        needs_all = self.has_temperature or self.attention not in ("auto", "sdpa")
+        for block in vit.blocks if needs_all else pooled:
             if not _has_known_attention(block):
                 attn = attention_of(block)
                 raise TypeError(
