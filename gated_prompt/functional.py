@@ -21,6 +21,8 @@ def prompt_gate(
     start: int,
     length: int,
     rule: str = "mix",
+    *,
+    batch_dim: int = 0,
 ) -> Tensor:
     """Gates how much a transformer block may change the prompt tokens; returns a new sequence.
 
@@ -44,9 +46,12 @@ def prompt_gate(
         start: Index of the first prompt row, in [-N, N]; negative counts from the end.
         length: P, the number of prompt rows.
         rule: "mix" (the paper's convex update) or "residual".
+        batch_dim: 1: block_out and block_in (and carrier) are [N, B, D] and [P, B, D], as in CLIP's
+            blocks. The shapes can't show this, so with a large batch the wrong value raises no
+            error. gate_logit broadcasts to [B, P, D] in both cases.
 
     Returns:
-        [B, N, D] in block_out's dtype. Gradients flow to block_out, block_in and gate_logit. The
+        The shape and dtype of block_out. Gradients flow to block_out, block_in and gate_logit. The
         gradient of gate_logit is summed in float32 (float64) in a fixed order, so every run gives
         the same bits. Second derivatives raise an error if the kernels ran (use
         `gated_prompt.reference.prompt_gate`).
@@ -59,6 +64,9 @@ def prompt_gate(
 
     Source: Yoo et al., ICML 2023, arXiv 2306.05067, section 3.2 (mix, scalar gate).
     """
+    if batch_dim != 0:
+        arguments = (block_out, block_in, gate_logit, start, length, rule)
+        return _sequence_first(prompt_gate, batch_dim, *arguments)
     start, rows = checked(
         "prompt_gate", block_out, block_in, start, length, rule, gate_logit=gate_logit
     )
@@ -78,6 +86,7 @@ def prompt_gate_(
     rule: str = "mix",
     *,
     carrier: Tensor | None = None,
+    batch_dim: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`prompt_gate` in place: reads and writes only the prompt rows of block_out.
 
@@ -106,6 +115,9 @@ def prompt_gate_(
             written in place: a leaf that requires grad, or an inference tensor outside inference
             mode.
     """
+    if batch_dim != 0:
+        arguments = (block_out, block_in, gate_logit, start, length, rule)
+        return _sequence_first(prompt_gate_, batch_dim, *arguments, carrier=carrier)
     start, rows = checked(
         "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
     )
@@ -125,6 +137,8 @@ def prompt_gate_linear(
     start: int,
     length: int,
     rule: str = "residual",
+    *,
+    batch_dim: int = 0,
 ) -> Tensor:
     """`prompt_gate` with a gate computed from the block's output; returns a new sequence.
 
@@ -140,7 +154,7 @@ def prompt_gate_linear(
     (float64).
 
     Args:
-        block_out, block_in, start, length, rule: See `prompt_gate`.
+        block_out, block_in, start, length, rule, batch_dim: See `prompt_gate`.
         weight: [D, D] for a gate per channel or [1, D] for a gate per token: the weight of
             torch.nn.Linear(D, D) or (D, 1). May be float32 when the activations are bfloat16.
         bias: [D] or [1]; None: no bias.
@@ -158,6 +172,9 @@ def prompt_gate_linear(
     Source: the linear-sigmoid gate with residual add on the prompt tokens, a variant of Yoo et al.,
     ICML 2023, arXiv 2306.05067, section 3.2.
     """
+    if batch_dim != 0:
+        arguments = (block_out, block_in, weight, bias, start, length, rule)
+        return _sequence_first(prompt_gate_linear, batch_dim, *arguments)
     start, rows = checked(
         "prompt_gate_linear", block_out, block_in, start, length, rule, weight=weight, bias=bias
     )
@@ -179,12 +196,16 @@ def prompt_gate_linear_(
     rule: str = "residual",
     *,
     carrier: Tensor | None = None,
+    batch_dim: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`prompt_gate_linear` in place: reads and writes only the prompt rows of block_out.
 
     Formula, dtypes and gradients: see `prompt_gate_linear`. Rules for writing in place, `carrier`,
     return value and errors: see `prompt_gate_`.
     """
+    if batch_dim != 0:
+        arguments = (block_out, block_in, weight, bias, start, length, rule)
+        return _sequence_first(prompt_gate_linear_, batch_dim, *arguments, carrier=carrier)
     op = "prompt_gate_linear_"
     start, rows = checked(
         op, block_out, block_in, start, length, rule, carrier, weight=weight, bias=bias
@@ -195,6 +216,23 @@ def prompt_gate_linear_(
         return traced_result(block_out, carrier, start, length)
     require_writable(op, block_out, rows, carrier, weight=weight, bias=bias)
     return _apply(op, block_out, rows, carrier, (weight, bias), start, length, rule)
+
+
+def _sequence_first(function, batch_dim, block_out, block_in, *others, **carrier):
+    """function on sequences [N, B, D]."""
+    if batch_dim != 1:
+        raise ValueError(f"{function.__name__}: batch_dim must be 0 or 1, got {batch_dim!r}")
+    swapped = {name: _swapped(tensor) for name, tensor in carrier.items()}
+    out = function(_swapped(block_out), _swapped(block_in), *others, **swapped)
+    is_pair = isinstance(out, tuple)
+    sequence = out[0] if is_pair else out
+    sequence = block_out if function.__name__.endswith("_") else _swapped(sequence)
+    return (sequence, _swapped(out[1])) if is_pair else sequence
+
+
+def _swapped(tensor):
+    is_sequence = isinstance(tensor, Tensor) and tensor.dim() == 3
+    return tensor.transpose(0, 1) if is_sequence else tensor  # `checked` has the errors
 
 
 # ---- eager ----

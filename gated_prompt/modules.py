@@ -106,11 +106,12 @@ class PromptGate(nn.Module):
         carrier: Tensor | None = None,
         *,
         inplace: bool = True,
+        batch_dim: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Gates rows [start, start + length) of block_out [B, N, D].
+        """Gates rows [start, start + length) of block_out [B, N, D] ([N, B, D] if batch_dim is 1).
 
         Args:
-            block_out, block_in, start, length: See `gated_prompt.prompt_gate`.
+            block_out, block_in, start, length, batch_dim: See `gated_prompt.prompt_gate`.
             carrier: See `gated_prompt.prompt_gate_`.
             inplace: True: write into block_out, except under torch.compile, tracing and torch.func.
                 False: never write into it; needed if other code may keep the block's output.
@@ -124,10 +125,11 @@ class PromptGate(nn.Module):
         arguments = (block_out, block_in, *gate, start, length, self.rule)
         if inplace and not is_traced(block_out, block_in, *gate):
             function = prompt_gate_linear_ if logit is None else prompt_gate_
-            return function(*arguments, carrier=carrier)
+            return function(*arguments, carrier=carrier, batch_dim=batch_dim)
         # a compiler fuses this with the ops around it, with or without carriers
-        out = (prompt_gate_linear if logit is None else prompt_gate)(*arguments)
-        return out if carrier is None else (out, out[:, start : start + length])
+        function = prompt_gate_linear if logit is None else prompt_gate
+        out = function(*arguments, batch_dim=batch_dim)
+        return out if carrier is None else (out, out.narrow(1 - batch_dim, start, length))
 
     def extra_repr(self) -> str:
         parameter = self.logit if self.weight is None else self.weight

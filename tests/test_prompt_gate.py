@@ -119,6 +119,45 @@ def test_any_layout_gives_the_same(device, which, layout, gate):
         check_against_reference(case)
 
 
+@pytest.mark.parametrize(
+    ("form", "inplace"),
+    [*itertools.product(IN_FORMS, [True]), *itertools.product(IN_FORMS[:3], [False])],
+)
+@pytest.mark.parametrize("gate", GATES)
+def test_sequences_with_the_batch_in_dimension_1(device, gate, inplace, form):
+    """[N, B, D] gives the same output bits as [B, N, D], and the same gradients. The case has more
+    samples than tokens, so the wrong dimension would raise no error."""
+    for rule in RULES:
+        case = Case(9, 6, 8, 1, 3, rule, in_form=form, inplace=inplace, device=device, gate=gate)
+        h, x, *others, grad = case.inputs()
+        results = []
+        for batch_dim in (0, 1):
+
+            def moved(t, batch_dim=batch_dim):
+                return t.transpose(0, batch_dim).contiguous() if t.dim() == 3 else t.clone()
+
+            leaves = [moved(h), moved(x), *(t.clone() for t in others)]
+            leaves = [t.requires_grad_() for t in leaves]
+            arguments = [leaves[0] + 0, *leaves[1:], case.start, case.length, rule]
+            extra = {"carrier": leaves[1]} if form == "carrier" else {}
+            out = op_of(case)(*arguments, **extra, batch_dim=batch_dim)
+            out, carrier = out if form == "carrier" else (out, None)
+            assert (out is arguments[0]) == inplace
+            loss = (out * moved(grad)).sum()
+            if carrier is not None:
+                assert carrier.shape == leaves[1].shape
+            loss.backward()
+            found = [out, *(t.grad for t in leaves[:2])]
+            found = [t.transpose(0, batch_dim) if t.dim() == 3 else t for t in found]
+            results.append([*found, *(t.grad for t in leaves[2:])])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+        assert same_bits(*(found[0] for found in results))
+    for wrong in (2, -1, None):
+        with pytest.raises(ValueError, match=r"prompt_gate\w*: batch_dim must be 0 or 1, got"):
+            op_of(case)(h, x, *others, case.start, case.length, rule, batch_dim=wrong)
+
+
 def bits_that_paths_share(case):
     """Runs the op and returns the results whose bits must not depend on the code path.
 
