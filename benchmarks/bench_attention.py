@@ -26,7 +26,7 @@ from vit_peers import attention
 
 from gated_prompt.temperature import tempered_attention, unavailable_reason
 from gated_prompt.vit import shortcuts
-from gated_prompt.vit.attention import Temperatures, Tempering
+from gated_prompt.tempering import Temperatures, Tempering
 
 pytestmark = timed_here
 

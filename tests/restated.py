@@ -231,4 +231,5 @@ SAMPLE = [  # some of OPTIONS, for backbones whose differences no option touches
 
 def make_case(vit, options):
     make, changes = VITS[vit]
-    return randomise(gp.wrap(make(**changes), num_prompts=4, prompt_dropout=0.0, **options))
+    model = gp.wrap(make(**changes), num_prompts=4, prompt_dropout=0.0, head="vpt", **options)
+    return randomise(model)  # the head "vpt" is large, so gradients are not small

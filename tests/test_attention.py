@@ -20,8 +20,9 @@ from timm.models.eva import EvaAttention
 
 import gated_prompt as gp
 from gated_prompt import temperature as attention
+from gated_prompt.tempering import Temperatures, Tempering
 from gated_prompt.vit import shortcuts
-from gated_prompt.vit.attention import FrozenProjection, Temperatures, Tempering
+from gated_prompt.vit.attention import FrozenProjection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -38,7 +38,8 @@ def wrapped():
 
     def make(method):
         with seeded(2):
-            return gp.wrap(copy.deepcopy(vit), method=method, num_prompts=3, gate_init=-1.0)
+            options = {"num_prompts": 3, "gate_init": -1.0, "head": "vpt"}
+            return gp.wrap(copy.deepcopy(vit), method=method, **options)
 
     return make
 

@@ -503,6 +503,7 @@ def test_each_block_is_part_of_what_a_backbone_is(tmp_path):
 
 def test_hooks_are_not_saved_without_a_word(tmp_path):
     model = gp.wrap(small_vit(), "gpt", num_prompts=4)
+    nn.init.ones_(model.prompts.tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_tuned(tmp_path)

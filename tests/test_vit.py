@@ -223,7 +223,7 @@ def test_methods_tune_of_the_backbone_what_their_names_say():
 
 def test_sizes_of_vit_b_with_100_prompts():
     vit = VisionTransformer(num_classes=0)
-    model = gp.wrap(vit, "gpt", num_prompts=100, pool="cls")
+    model = gp.wrap(vit, "gpt", num_prompts=100, pool="cls", head="vpt")
     assert sum(p.numel() for p in tuned(model).values()) == 76_800 + 11 + 12
     bound = 0.0625 * 1.0001  # sqrt(6 / (3 * 16 * 16 + 768))
     assert model.prompts.tokens.abs().max() <= bound

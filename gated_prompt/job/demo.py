@@ -326,7 +326,7 @@ def tune_once(
         **rates,
     )
     with seeded(seed):
-        model = wrap(vit, num_prompts=config.num_prompts, **options)
+        model = wrap(vit, num_prompts=config.num_prompts, head="vpt", **options)
     started = time.perf_counter()
     with _progress(console) as progress:
         bar = progress.add_task(f"{system}, seed {seed}", total=recipe.epochs)

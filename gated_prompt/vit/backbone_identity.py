@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gated_prompt.vit.attention import original_norm
+from gated_prompt.tempering import original_norm
 from gated_prompt.vit.shortcuts import attention_of, uncompiled
 from gated_prompt.vit.wrapping import originals_of, unpatched_name
 

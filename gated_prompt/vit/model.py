@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gated_prompt.autograd import is_autocast
-from gated_prompt.functional import prompt_gate, prompt_gate_
-from gated_prompt.temperature import TEMPERATURE_RANGE
-from gated_prompt.traced import is_traced
-from gated_prompt.vit.attention import Temperatures, Tempering
+from gated_prompt.hooks import is_observed, is_untouched
+from gated_prompt.prompting import GatedPrompts, groups_of
+from gated_prompt.tempering import Tempering
+from gated_prompt.vit.backbone_identity import describe
 from gated_prompt.vit.embedding import embed, rope_with_prompts
 from gated_prompt.vit.options import WrapOptions
-from gated_prompt.vit.shortcuts import attention_of, is_observed, is_untouched, run_block
+from gated_prompt.vit.shortcuts import attention_of, run_block
 from gated_prompt.vit.wrapping import (
     MARK,
     Wrapping,
@@ -33,45 +34,38 @@ from gated_prompt.vit.wrapping import (
     unpatched_name,
 )
 
-torch.fx.wrap("prompt_gate")  # torch.fx records calls of it and does not trace into it
+HEAD_INITS = ("new", "vpt")
 
 
-class GatedPromptViT(nn.Module):
+class GatedPromptViT(GatedPrompts):
     """A frozen timm ViT with prompts, gates, temperatures and a head; made by `wrap`.
 
-    The prompts are inserted once, before the first block. After block l, which maps x to
-    block_l(x), the prompt rows become g_l * block_l(x) + (1 - g_l) * x (rule "mix"). The fused op
-    writes these rows in place. With deep prompts, in all blocks except the last, x in this formula
-    is the new prompts of block l + 1, and g_l = 0 if block l has no gate.
-
-    Public attributes that the wrapper lacks are taken from the backbone: `blocks`, `patch_embed`,
-    `pretrained_cfg`, ...
+    `GatedPrompts` has the formula. Public attributes that the wrapper lacks are taken from the
+    backbone: `blocks`, `patch_embed`, `pretrained_cfg`, ...
 
     Attributes:
         backbone: The timm model.
-        prompts: `PromptTokens`, or None.
-        deep_prompts: `DeepPromptTokens`, or None.
-        gates: One `PromptGate` for each of the first `options.gated_blocks` blocks.
-        temperatures: The learnable temperatures [1], one per block; empty if they are not learned.
+        prompts, deep_prompts, gates, temperatures: See `GatedPrompts`.
         head: The classifier.
         options: `WrapOptions`: the arguments of `wrap`, after `WrapOptions.resolved`.
             `wrap(other_vit, **vars(model.options))` wraps another backbone in the same way.
     """
 
-    def __init__(self, vit, options: WrapOptions, prompts, deep_prompts, gates):
+    def __init__(
+        self, vit, options: WrapOptions, prompts, deep_prompts, gates, head: str | nn.Module
+    ):  # fmt: skip
         super().__init__()
         if MARK in vars(vit):  # vit is a copy of a wrapped model, or its wrapper was lost
             vars(vit)[MARK].undo(vit)
-        self.options, self._is_wrapped = options, True
+        self.options, self._is_wrapped, self._initial = options, True, {}
         Wrapping(vit)
         self.backbone = vit
         self._set_wrapper()
-        device, dtype = next(vit.parameters()).device, self._tuned_dtype()
-        self.prompts = None if prompts is None else prompts.to(device, dtype)
-        self.deep_prompts = None if deep_prompts is None else deep_prompts.to(device, dtype)
-        self.gates = nn.ModuleList(gates).to(device)
-        temperature, depth = options.temperature, len(vit.blocks)
-        self.temperatures = Temperatures(depth if temperature is True else 0, device)
+        device, temperature = next(vit.parameters()).device, options.temperature
+        self._set_parts(
+            prompts, deep_prompts, gates, len(vit.blocks), temperature is True,
+            device, self._tuned_dtype(),
+        )  # fmt: skip
         source = self.temperatures if temperature is True else float(temperature or 1.0)
         # without prompts, our version of timm's attention gains nothing
         restates = options.num_prompts or options.attention not in ("auto", "sdpa")
@@ -82,7 +76,12 @@ class GatedPromptViT(nn.Module):
             for index, block in enumerate(vit.blocks)
         ]
         self._wrapping.temperings = self._temperings
-        self.reset_classifier(vit.num_classes)
+        self._head_init = head if head in HEAD_INITS else "new"
+        if head in HEAD_INITS:
+            self.reset_classifier(vit.num_classes)
+        else:
+            self.head = copy.deepcopy(vit.head).requires_grad_(True) if head == "keep" else head
+            self.head.to(device)
         self.train(vit.training)
 
     def __getattr__(self, name: str):
@@ -120,10 +119,6 @@ class GatedPromptViT(nn.Module):
     def pool(self) -> str:
         return self.options.pool
 
-    @property
-    def num_prompts(self) -> int:
-        return self.options.num_prompts
-
     # ---- timm's interface ----
 
     @property
@@ -145,7 +140,7 @@ class GatedPromptViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Makes a new head: weights Kaiming normal (fan_out), biases -ln(99). 0 classes: no head.
+        """Makes a new linear head, initialised as `wrap` was told to. 0 classes: no head.
 
         global_pool: If given, changes the pool; timm's names "token" (the class token) and "avg"
         (the mean of the patches). With last_block="pooled-rows" this changes the time per step.
@@ -167,8 +162,12 @@ class GatedPromptViT(nn.Module):
         self.head = nn.Linear(
             self.backbone.num_features, num_classes, device=device, dtype=self._tuned_dtype()
         )
-        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
-        nn.init.constant_(self.head.bias, -math.log(99))
+        if self._head_init == "vpt":
+            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
+            nn.init.constant_(self.head.bias, -math.log(99))
+        else:
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that timm's optimiser factories exclude from weight decay."""
@@ -177,10 +176,19 @@ class GatedPromptViT(nn.Module):
         return own | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that sort parameters into layers, for timm's layer-wise learning rate decay."""
-        stem = r"^(?:prompts|backbone\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope))"
-        blocks = (r"^(?:backbone\.blocks|temperatures)\.(\d+)", None)
-        return {"stem": stem, "blocks": [blocks, (r"^backbone\.(?:fc_)?norm", (99999,))]}
+        """Patterns that sort parameters into layers, for timm's layer-wise learning rate decay. The
+        backbone's are sorted as timm sorts them. All others are in the last layer, with timm's
+        head, where the learning rate is not decayed."""
+
+        def in_backbone(pattern: str) -> str:
+            return rf"^backbone\.(?:{pattern.removeprefix('^')})"
+
+        return {
+            layer: in_backbone(spec)
+            if isinstance(spec, str)
+            else [(in_backbone(pattern), order) for pattern, order in spec]
+            for layer, spec in self.backbone.group_matcher(coarse).items()
+        }
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError(
@@ -278,6 +286,19 @@ class GatedPromptViT(nn.Module):
             output_fmt="NCHW" if reshape else "NLC", intermediates_only=True,
         )  # fmt: skip
 
+    def remember_initial_values(self) -> None:
+        """Lets `has_initial_values` compare with the values of now."""
+        self._initial = {
+            name: describe(parameter)
+            for name, parameter in self.added_parameters().items()
+            if not parameter.is_meta
+        }
+
+    def has_initial_values(self) -> bool:
+        """True if prompts, gates and temperatures have the values that `wrap` gave them."""
+        now = self.added_parameters()
+        return bool(now) and all(self._initial.get(n) == describe(p) for n, p in now.items())
+
     def require_wrapped(self, what: str) -> None:
         """Raises RuntimeError if the model was unwrapped."""
         if not self._is_wrapped:
@@ -302,6 +323,7 @@ class GatedPromptViT(nn.Module):
                 )
         if not isinstance(images, torch.fx.Proxy):
             self._check_dtype(images)
+            self._tell_what_is_not_tuned("GatedPromptViT")
         return inside(vit, images, run)
 
     def _check_dtype(self, images: Tensor) -> None:
@@ -339,13 +361,12 @@ class GatedPromptViT(nn.Module):
         """
         vit = self.backbone
         x, ropes = embed(vit, images)
-        carrier = start = closed = None
+        carrier = start = None
         if self.prompts is not None:
             x, carrier, start = self.prompts(x, vit.num_prefix_tokens)
             at_start = self.prompts.position == "start"
             ropes = [rope_with_prompts(rope, self.num_prompts, at_start) for rope in ropes]
-        if self.deep_prompts is not None:
-            closed = x.new_full((), -math.inf)  # the logit of a gate that is exactly 0
+        closed = self._closed(x)
         if not torch.is_grad_enabled() or is_observed(x):
             carrier = None
         embedded, last = x, len(vit.blocks) - 1
@@ -377,21 +398,12 @@ class GatedPromptViT(nn.Module):
             source = self.temperatures if is_learned else tempering.temperatures
             tempering.follow(attention_of(block), source)
         out = run_block(block, x, rope, rows, tempering, self._backend, is_low)
+        if tempering is not None:
+            tempering.require_used(block)
         # the gate may overwrite out if no other code, such as a hook, can have kept it
         is_own = type(block).__module__.startswith("timm.") and is_untouched(block)
         is_own = is_own and not is_observed(x)
-        fresh, is_last = x, index == len(self.backbone.blocks) - 1
-        if self.deep_prompts is not None and not is_last:
-            fresh = self.deep_prompts(index + 1, out)
-            carrier = fresh if torch.is_grad_enabled() and is_own else None
-        if index < len(self.gates):
-            gate = self.gates[index]
-            gated = gate(out, fresh, start, self.num_prompts, carrier, inplace=is_own)
-            return gated if carrier is not None else (gated, None)
-        if fresh is not x:
-            function = prompt_gate_ if is_own and not is_traced(out) else prompt_gate
-            return function(out, fresh, closed, start, self.num_prompts), carrier
-        return out, carrier
+        return self._gated(index, out, x, carrier, start, closed, is_own)
 
     def _has_prompts_at_end(self) -> bool:
         return self.prompts is not None and self.prompts.position == "end"
@@ -424,12 +436,6 @@ class GatedPromptViT(nn.Module):
 
     # ---- tuning ----
 
-    @torch.no_grad()
-    def clamp_temperatures_(self) -> None:
-        """Clamps the stored temperatures to [0.01, 10], as the original code does in forward."""
-        for temperature in self.temperatures:
-            temperature.clamp_(*TEMPERATURE_RANGE)
-
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """Returns all tuned parameters by name: prompts.tokens, deep_prompts.tokens, gates.0.logit,
         temperatures.0, head.weight, ..., and backbone.NAME, with timm's name, for the backbone's.
@@ -460,46 +466,13 @@ class GatedPromptViT(nn.Module):
             "backbone": backbone_lr,
             "head": head_lr,
         }
-        groups: dict[str, list] = {name: [] for name in rates}
-        for name, parameter in self.tuned_parameters().items():
-            groups.setdefault(name.split(".")[0].removeprefix("deep_"), []).append(parameter)
-        return [
-            {
-                "name": name,
-                "params": params,
-                "lr": lr if rates.get(name) is None else rates[name],
-                "weight_decay": 0.0 if name in ("gates", "temperatures") else weight_decay,
-            }
-            for name, params in groups.items()
-            if params
-        ]
+        return groups_of(self.tuned_parameters(), lr, weight_decay, rates)
 
-    @torch.no_grad()
     def gate_report(self) -> dict[str, list[float]]:
-        """Returns the learned gates and temperatures, as lists of floats.
-
-        Returns:
-            "gates": g_l of each gated block; the mean if a gate has several elements. Empty for the
-            linear gates, which depend on the tokens.
-            "temperatures": tau_l of each block, clamped. Empty if they are not learned.
-            "selection": The prompts after the last gate are a weighted sum of the initial prompts,
-            with weight prod_l (1 - g_l), and of the output of each gated block l, with weight
-            g_l * prod_{k>l} (1 - g_k). These weights, in this order; they sum to 1. Empty unless
-            the gates are scalar, the rule is "mix" and there are no deep prompts.
-        """
         self.require_wrapped("gate_report")
-        logits = [gate.logit for gate in self.gates if gate.logit is not None]
-        gates = [logit.double().sigmoid().mean().item() for logit in logits]
-        selection = []
-        is_selection = gates and self.deep_prompts is None
-        if is_selection and self.gates[0].rule == "mix" and self.gates[0].gate == "scalar":
-            passed = 1.0
-            for g in reversed(gates):
-                selection.insert(0, g * passed)
-                passed *= 1 - g
-            selection.insert(0, passed)
-        temperatures = [t.clamp(*TEMPERATURE_RANGE).item() for t in self.temperatures]
-        return {"gates": gates, "temperatures": temperatures, "selection": selection}
+        return super().gate_report()
+
+    gate_report.__doc__ = GatedPrompts.gate_report.__doc__
 
     def save_tuned(self, folder: str | os.PathLike, **options) -> Path:
         """See `gated_prompt.save_tuned`."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from gated_prompt.checks import DTYPES, RULES
 from gated_prompt.modules import GATES, POSITIONS, PROMPT_INITS
+from gated_prompt.prompting import number_of_gates
 from gated_prompt.temperature import BACKENDS, TEMPERATURE_RANGE, unavailable_reason
 from gated_prompt.vit.prompt_init import DATA_INITS
 from gated_prompt.vit.shortcuts import ATTENTIONS, PRE_NORM_BLOCKS, attention_of, uncompiled
@@ -148,7 +149,7 @@ class WrapOptions:
                 f"wrap: gated_blocks must be 0 or None without a gate, got {self.gated_blocks}"
             )
         if self.gated_blocks is None:
-            return 0 if self.gate is None else depth - 1 if self.rule == "mix" else depth
+            return number_of_gates(self.gate, self.rule, depth)
         if not 0 <= self.gated_blocks <= depth:
             raise ValueError(f"wrap: gated_blocks must be in [0, {depth}], got {self.gated_blocks}")
         return self.gated_blocks

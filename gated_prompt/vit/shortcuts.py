@@ -25,9 +25,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gated_prompt.hooks import is_observed, is_untouched
 from gated_prompt.temperature import attend, is_transformed
-from gated_prompt.torch_private import global_hooks
-from gated_prompt.vit.attention import FrozenProjection, Tempering
+from gated_prompt.tempering import Tempering
+from gated_prompt.vit.attention import FrozenProjection
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 PRE_NORM_BLOCKS = (Block, EvaBlock)
@@ -62,30 +63,6 @@ _FORWARDS = {
 def _is_as_known(module: nn.Module | None) -> bool:
     kind = type(module)
     return kind in _FORWARDS and kind.forward is _FORWARDS[kind]
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """True if a call of the module runs only its class's forward: no hooks except ours, no forward
-    on the instance, not compiled."""
-    own = vars(module)
-    return not (
-        own["_forward_pre_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-        or (own["_forward_hooks"] and not _are_ours(own["_forward_hooks"].values()))
-    )
-
-
-def _are_ours(hooks) -> bool:
-    return all(getattr(hook, "__func__", None) is Tempering.after_projection for hook in hooks)
-
-
-def is_observed(x) -> bool:
-    """True if torch reports every module call to someone: global hooks, torch.jit or torch.fx
-    tracing."""
-    return bool(isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or any(global_hooks))
 
 
 def is_restated(attn: nn.Module | None) -> bool:

@@ -80,6 +80,7 @@ def save_tuned(
     Raises:
         TypeError, ValueError: an argument is not allowed, or `load_tuned` could not rebuild a
             module of model.
+        RuntimeError: prompts, gates and temperatures are frozen and have their initial values.
         OSError: with the path; also if one of the files to write is a symbolic link.
     """
     check_model("save_tuned", model)
@@ -95,6 +96,7 @@ def save_tuned(
             "tuned_state_dict(model), and load it into a model that you have built in the same way"
         )
     _check_can_be_made(model)
+    _check_was_tuned(model)
     _warn_of_hooks(model)
     tensors = {name: p.detach().cpu().contiguous() for name, p in tuned_tensors(model).items()}
     data = safetensors.torch.save(tensors, {"format": "pt"})
@@ -246,6 +248,23 @@ def _check_can_be_made(model: GatedPromptViT) -> None:
             "not rebuild them; save tuned_state_dict(model), and load it into a model that you "
             "have built in the same way"
         )
+
+
+def _check_was_tuned(model: GatedPromptViT) -> None:
+    """Raises RuntimeError if prompts, gates and temperatures never could be tuned, because they are
+    frozen and as `wrap` made them. Warns if they are not frozen, but as `wrap` made them."""
+    if not model.has_initial_values():
+        return
+    words = "prompts, gates and temperatures have the values that wrap gave them"
+    if not any(p.requires_grad for p in model.added_parameters().values()):
+        raise RuntimeError(
+            f"save_tuned: {words} and are frozen, so they were never tuned; if your script freezes "
+            "parameters, let it do so before wrap; tuned_state_dict(model) saves any state"
+        )
+    warnings.warn(
+        f"save_tuned: {words}: nothing has tuned them (gp.check(model, optimizer) finds out why)",
+        stacklevel=3,
+    )
 
 
 def _warn_of_hooks(model: GatedPromptViT) -> None:

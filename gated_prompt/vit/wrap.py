@@ -14,8 +14,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gated_prompt.modules import DeepPromptTokens, PromptGate, PromptTokens
-from gated_prompt.vit.model import GatedPromptViT
+from gated_prompt.prompting import make_prompts, warn_of_frozen_adapters
+from gated_prompt.vit.model import HEAD_INITS, GatedPromptViT
 from gated_prompt.vit.options import WrapOptions
 from gated_prompt.vit.prompt_init import DATA_INITS, init_prompts
 from gated_prompt.vit.wrapping import (
@@ -48,13 +48,13 @@ def wrap(
     memory: str = "default",
     last_block: str = "auto",
     frozen_dtype: torch.dtype | None = None,
+    head: str | nn.Module = "new",
 ) -> GatedPromptViT:
     """Freezes a timm ViT and adds the parameters that `method` tunes.
 
     `vit` itself is changed until `unwrap`: its parameters stop requiring gradients, its `forward`
-    is replaced, and its attentions divide the queries if there is a temperature. The model that
-    `wrap` returns has a new linear head with `vit.num_classes` outputs (no head if that is 0),
-    initialised as in VPT, so the first losses are well above ln(classes). `vit.head` is not used.
+    is replaced, and its attentions divide the queries if there is a temperature. `vit.head` is not
+    used; the model that `wrap` returns has its own head.
 
     Args:
         vit: A timm `VisionTransformer` or `Eva` (DINOv3, EVA-02 and others with rotary positions).
@@ -104,6 +104,11 @@ def wrap(
             dtype, for example torch.bfloat16. Then autocast need not cast them at each use. Call
             the model under torch.autocast with this dtype, or with images of this dtype. The
             originals are kept on the CPU, and `unwrap` restores them.
+        head: "new": a linear layer with `vit.num_classes` outputs (none if that is 0), weights
+            normal with standard deviation 0.01 and biases 0, so the first loss is near ln(classes).
+            "vpt": the same layer as VPT and the paper initialise it: weights Kaiming normal
+            (fan_out), biases -ln(99); the first loss is far above ln(classes). "keep": a copy of
+            `vit.head`, tuned. A module: used as it is, [B, D] -> logits.
 
     Returns:
         A `GatedPromptViT`.
@@ -120,6 +125,8 @@ def wrap(
     initialisation and the other methods are as in Jia et al., ECCV 2022 (VPT).
     """
     check_backbone(vit)
+    if not isinstance(head, nn.Module) and head not in (*HEAD_INITS, "keep"):
+        raise ValueError(f"wrap: head must be 'new', 'vpt', 'keep' or a module, got {head!r}")
     options = WrapOptions(
         method=method,
         num_prompts=num_prompts,
@@ -139,8 +146,8 @@ def wrap(
     ).resolved(vit, has_images=init_images is not None)
     prompts, deep_prompts, gates = make_tuned(vit, options)
     # an error up to this line leaves vit unchanged
-    _warn_of_frozen_adapters(vit)
-    model = GatedPromptViT(vit, options, prompts, deep_prompts, gates)
+    warn_of_frozen_adapters("wrap", vit, vit.head.parameters())
+    model = GatedPromptViT(vit, options, prompts, deep_prompts, gates, head)
     if method in ("full", "bias"):
         _thaw(vit, only_biases=method == "bias")
     elif method.startswith("partial-"):
@@ -154,6 +161,8 @@ def wrap(
         unwrap(model)
         raise
     _warn_of_coarse_parameters(model)
+    _warn_of_idle_dropout(model)
+    model.remember_initial_values()
     return model
 
 
@@ -197,7 +206,8 @@ def check_backbone(vit) -> None:
     if not isinstance(vit, (VisionTransformer, Eva)):
         raise TypeError(
             "wrap: vit must be a timm.models.vision_transformer.VisionTransformer or a "
-            f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}"
+            f"timm.models.eva.Eva, got {type(vit).__module__}.{type(vit).__name__}; "
+            f"{_other_way(vit)}"
         )
     if not hasattr(vit, "_pos_embed"):  # private in timm
         raise RuntimeError(
@@ -207,7 +217,8 @@ def check_backbone(vit) -> None:
     for name, known in METHODS_OF_TIMM.items():
         if getattr(type(vit), name) not in known:
             raise TypeError(
-                f"wrap: vit must have the {name} of its base class, got {type(vit).__name__}'s own"
+                f"wrap: vit must have the {name} of its base class, got {type(vit).__name__}'s "
+                "own, which the wrapper would replace; gp.attach keeps it"
             )
     if type(vit.patch_embed) is not PatchEmbed:
         raise TypeError(
@@ -224,17 +235,12 @@ def check_backbone(vit) -> None:
         raise RuntimeError(f"wrap: {says_patched('vit', patched)}")
 
 
-def _warn_of_frozen_adapters(vit: nn.Module) -> None:
-    """Warns if `wrap` freezes the trainable parameters of a vit that is frozen for the most part:
-    the user probably wants to tune these parameters."""
-    trainable = {name: p.numel() for name, p in vit.named_parameters() if p.requires_grad}
-    if 0 < sum(trainable.values()) < 0.5 * sum(p.numel() for p in vit.parameters()):
-        warnings.warn(
-            f"wrap: {len(trainable)} parameters of vit were trainable while most of vit was "
-            f"frozen, for example {next(iter(trainable))!r}; wrap has frozen them too; to tune "
-            "them as well, call requires_grad_(True) on them after wrap",
-            stacklevel=3,
-        )
+def _other_way(model) -> str:
+    inner = getattr(model, "timm_model", getattr(model, "trunk", None))
+    if isinstance(inner, (VisionTransformer, Eva)):
+        name = "timm_model" if hasattr(model, "timm_model") else "trunk"
+        return f"wrap model.{name}: model.{name} = gp.wrap(model.{name}, ...)"
+    return "gp.attach is for other models"
 
 
 def _warn_of_coarse_parameters(model: GatedPromptViT) -> None:
@@ -249,28 +255,46 @@ def _warn_of_coarse_parameters(model: GatedPromptViT) -> None:
         )
 
 
+def _warn_of_idle_dropout(model: GatedPromptViT) -> None:
+    """Warns if dropout, stochastic depth or patch dropout of the backbone never runs, because its
+    frozen modules stay in eval mode."""
+    mode, idle = model.training, {}
+    model.train()
+    for module in model.backbone.modules():
+        rate = next(
+            (getattr(module, n) for n in ("p", "drop_prob", "prob") if hasattr(module, n)), 0
+        )
+        if "Drop" in type(module).__name__ and not module.training and rate > 0:
+            idle.setdefault(type(module).__name__, rate)
+    model.train(mode)
+    if idle:
+        words = ", ".join(f"{name} ({rate:g})" for name, rate in sorted(idle.items()))
+        warnings.warn(
+            f"wrap: {words} of vit has no effect, because frozen modules stay in eval mode; "
+            "prompt_dropout is the dropout of the prompts",
+            stacklevel=3,
+        )
+
+
 # ---- tuned parts ----
 
 
 def make_tuned(vit: nn.Module, options: WrapOptions):
     """Returns (PromptTokens or None, DeepPromptTokens or None, [PromptGate]) for these options."""
-    sizes = {"dim": vit.embed_dim, "num_prompts": options.num_prompts}
-    gates = [
-        PromptGate(options.gate, options.rule, init=options.gate_init, **sizes)
-        for _ in range(options.gated_blocks)
-    ]
-    if options.num_prompts == 0:
-        return None, None, gates
-    prompts = PromptTokens(
-        options.num_prompts,
-        vit.embed_dim,
+    return make_prompts(
+        options.method,
+        dim=vit.embed_dim,
+        depth=len(vit.blocks),
+        num_prompts=options.num_prompts,
+        gate=options.gate,
+        rule=options.rule,
+        gate_init=options.gate_init,
+        gated_blocks=options.gated_blocks,
         position=options.prompt_position,
         dropout=options.prompt_dropout,
         init="uniform" if options.prompt_init in DATA_INITS else options.prompt_init,
         patch_dim=vit.patch_embed.proj.weight[0].numel(),
     )
-    is_deep = options.method.endswith("-deep")
-    return prompts, DeepPromptTokens(prompts, len(vit.blocks)) if is_deep else None, gates
 
 
 _BIAS = re.compile(  # also Eva's q_bias, and pruned or parametrised biases

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gated_prompt.vit.attention import Tempering, original_norm
-from gated_prompt.vit.shortcuts import is_untouched
+from gated_prompt.hooks import is_untouched
+from gated_prompt.tempering import Tempering, original_norm
 
 MARK = "_gated_prompt_wrapping"  # the attribute of a wrapped timm model that has its Wrapping
 METHODS_OF_TIMM = {  # methods that the wrapper restates, as they were when this was imported
