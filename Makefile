@@ -53,8 +53,9 @@ test-sse: build
 
 # The tests that need packages of others.
 neighbours: build
-	$(PIP) $(HELD) peft accelerate torchao onnx onnxruntime onnxscript lightning
-	$(BIN)/python -m pytest tests/test_neighbours.py tests/test_attached.py -k "neighbours or peft"
+	$(PIP) $(HELD) transformers open_clip_torch peft accelerate lightning torchao onnx onnxruntime onnxscript
+	$(BIN)/python -m pytest tests/test_neighbours.py tests/test_attach.py tests/test_drop_in.py \
+	  tests/test_two_processes.py tests/test_attached.py
 
 # BENCH=... are flags of the benchmarks. peft is for the rows of LoRA.
 bench: build

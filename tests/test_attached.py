@@ -729,3 +729,22 @@ def test_options_that_cannot_be_had_say_so():
     model.blocks[0].attn = nn.Identity()
     with pytest.raises(RuntimeError, match="block 0 must have an `attn` with a `q_norm`, as"):
         model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_attention_that_does_not_divide_its_queries_is_told(fused):
+    """With separate biases, Eva's own forward may read qkv.weight and call no module at all."""
+    vit = make_vit(Eva, qkv_fused=fused)
+    model = wrapped(vit, "gpt")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model(images)
+    attn = vit.blocks[1].attn
+
+    def forward(x, rope=None, attn_mask=None, **_):
+        return attn.proj(x)
+
+    attn.forward = forward
+    with pytest.raises(RuntimeError, match="attention of block 1 has not divided its queries"):
+        model(images)
+    del attn.forward
+    model(images)

@@ -120,6 +120,8 @@ def load_backbone(
             raise CheckpointError(f"{who}: {name!r} must be a tensor, got {type(value).__name__}")
         else:
             kept[name] = value.detach()
+    is_wrapped_model = any(re.search(r"(^|\.)prompts\.tokens$", name) for name in encoder.outside)
+    hint = "; gp.load_wrapped loads the whole wrapped model" if is_wrapped_model else ""
     for name in encoder.outside:
         part = "" if layout.outside is None else _part(name, layout.outside)
         (strangers if part is None else dropped[part]).append(name)
@@ -127,7 +129,7 @@ def load_backbone(
     notes += [f"dropped {len(names)} ({part})" for part, names in dropped.items()]
     if left_out:
         names = first_names(left_out)
-        notes.append(f"left out {len(left_out)} outside {encoder.prefix!r} ({names})")
+        notes.append(f"left out {len(left_out)} outside {encoder.prefix!r} ({names}){hint}")
     state = layout.convert(kept, vit, notes) if layout.convert else kept
     is_masked_eva = isinstance(vit, eva.Eva) and MASKED_PARTS[1] in dropped
     if (layout.source == "mae" or is_masked_eva) and isinstance(vit.norm, nn.Identity):
@@ -138,7 +140,7 @@ def load_backbone(
     targets = vit.state_dict()
     missing = tuple(name for name in targets if re.match(r"head(_dist)?\.", name))
     targets = {name: target for name, target in targets.items() if name not in missing}
-    check_names(f"{who}: {words}", targets, state, strangers)
+    check_names(f"{who}: {words}", targets, state, strangers, hint)
     _fit_channels(state, vit, notes)
     if layout.source == "mocov3" and vit.embed_dim == 384 and vit.blocks[0].attn.num_heads != 12:
         raise CheckpointError(
@@ -172,16 +174,15 @@ def _check_family(who: str, vit: nn.Module) -> None:
         )
 
 
-def check_names(who: str, targets: Mapping, state: Mapping, strangers=()) -> None:
+def check_names(who: str, targets: Mapping, state: Mapping, strangers=(), hint: str = "") -> None:
     missing = [name for name in targets if name not in state]
     unexpected = [*(name for name in state if name not in targets), *strangers]
     if not missing and not unexpected:
         return
     norms = {"norm.weight", "fc_norm.weight"}
-    hint = ""
     if norms & {*missing} and norms & {*unexpected}:
         pool = "avg" if "fc_norm.weight" in unexpected else "token"
-        hint = f"; the file's final norm needs a model built with global_pool={pool!r}"
+        hint += f"; the file's final norm needs a model built with global_pool={pool!r}"
     raise CheckpointError(
         f"{who}: {len(missing)} of {len(targets)} tensors missing ({first_names(missing)}), "
         f"{len(unexpected)} unexpected ({first_names(unexpected)}){hint}"

@@ -236,7 +236,7 @@ class Encoder:
     entry: str
     prefix: str
     tensors: dict
-    outside: tuple[str, ...]  # the names without the prefix
+    outside: dict  # the values whose names don't have the prefix
     layout: Layout
 
     @property
@@ -267,7 +267,7 @@ def _encoders(file: Mapping) -> list[Encoder]:
         for prefix, tensors in prefixes.items():
             place = f"{entry}/{prefix}"
             own = {prefix + name for name in tensors}
-            outside = tuple(name for name in content if name not in own)
+            outside = {name: value for name, value in content.items() if name not in own}
             for layout in LAYOUTS:
                 if layout.fits(place, tensors, file):
                     found.append(Encoder(entry, prefix, tensors, outside, layout))
@@ -275,15 +275,18 @@ def _encoders(file: Mapping) -> list[Encoder]:
     return found
 
 
-def recognise(file: Mapping, which: str | None) -> tuple[Encoder, str | None, list[str]]:
-    """Returns the encoder to load, its `which` (None if the file has no choice), and notes."""
+def recognise(
+    file: Mapping, which: str | None, who: str = "load_backbone"
+) -> tuple[Encoder, str | None, list[str]]:
+    """Returns the encoder to load, its `which` (None if the file has no choice), and notes. `who`
+    is the function that errors name."""
     encoders = _encoders(file)
     if not encoders:
         names = max(
             _entries(file).values(), key=lambda c: sum(isinstance(v, Tensor) for v in c.values())
         )
         raise CheckpointError(
-            f"load_backbone: the file's {len(names)} keys fit no known layout: "
+            f"{who}: the file's {len(names)} keys fit no known layout: "
             f"{first_names(names)}; a ViT has patch_embed.proj.weight and blocks.0.*, perhaps "
             "after a prefix"
         )
@@ -292,14 +295,13 @@ def recognise(file: Mapping, which: str | None) -> tuple[Encoder, str | None, li
     if len(encoders) == 1 and default is None:
         if which is not None:
             raise ValueError(
-                f"load_backbone: which must be None for a file of one encoder ({words}), "
-                f"got {which!r}"
+                f"{who}: which must be None for a file of one encoder ({words}), got {which!r}"
             )
         return encoders[0], None, []
     wanted = default if which is None else which
     if wanted not in choices:
         raise ValueError(
-            f"load_backbone: which must be one of {tuple(choices)} for this file ({words}), "
+            f"{who}: which must be one of {tuple(choices)} for this file ({words}), "
             f"got {which!r}" + (f", which means {default!r}" if which is None and default else "")
         )
     has_both = default == "ema" and len(choices) == 2

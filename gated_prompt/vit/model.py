@@ -76,6 +76,8 @@ class GatedPromptViT(GatedPrompts):
             for index, block in enumerate(vit.blocks)
         ]
         self._wrapping.temperings = self._temperings
+        if hasattr(vit, "_traits"):  # newer timm's record of the image size
+            self._traits = vit._traits
         self._head_init = head if head in HEAD_INITS else "new"
         if head in HEAD_INITS:
             self.reset_classifier(vit.num_classes)
@@ -327,6 +329,10 @@ class GatedPromptViT(GatedPrompts):
         return inside(vit, images, run)
 
     def _check_dtype(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"GatedPromptViT: images must be a tensor [B, C, H, W], got {type(images).__name__}"
+            )
         if not images.is_floating_point():
             raise ValueError(
                 f"GatedPromptViT: images must be [B, C, H, W] in floating point, got "

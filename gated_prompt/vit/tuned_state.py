@@ -8,28 +8,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gated_prompt.prompting import GatedPrompts
 from gated_prompt.vit.checkpoint_file import CheckpointError, first_names
 from gated_prompt.vit.model import GatedPromptViT
 from gated_prompt.vit.wrapping import unpatched_name
 
 
-def tuned_state_dict(model: GatedPromptViT) -> dict[str, Tensor]:
-    """Returns the tuned parameters, named as in `model.tuned_parameters()`, and the buffers that
-    belong to them, for example of a BatchNorm. The tensors are detached, not copied."""
-    check_model("tuned_state_dict", model)
+def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tuned parameters, and the buffers that belong to them, for example of a
+    BatchNorm. The tensors are detached, not copied.
+
+    Args:
+        model: What `wrap` returned; the names are those of `model.tuned_parameters()`. Or a model
+            with gated prompts from `attach`, also with other adapters (PEFT); the names are those
+            of `state_dict()`, without the prefixes that torch.compile and other wrappers insert.
+
+    Raises:
+        TypeError: model has no gated prompts, or is parallel or compiled.
+    """
+    _check_any_model("tuned_state_dict", model)
     return {name: parameter.detach() for name, parameter in tuned_tensors(model).items()}
 
 
 @torch.no_grad()
-def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) -> None:
-    """Copies `state`, from `tuned_state_dict`, into a model that was wrapped with the same options.
+def load_tuned_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies `state`, from `tuned_state_dict`, into a model that was made in the same way.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape, because the model has
             another method, gate, number of prompts or classes. The model is not changed.
-        TypeError: a value of state is not a tensor, or model is not what `wrap` returned.
+        TypeError: a value of state is not a tensor, or see `tuned_state_dict`.
     """
-    check_model("load_tuned_state_dict", model)
+    _check_any_model("load_tuned_state_dict", model)
     targets, problems = tuned_tensors(model), []
     for words, names in (
         ("missing", targets.keys() - state.keys()),
@@ -44,15 +54,31 @@ def load_tuned_state_dict(model: GatedPromptViT, state: Mapping[str, Tensor]) ->
         if wanted != got:
             problems.append(f"{name} must be {wanted}, got {got}")
     if problems:
-        own = ", ".join(
-            f"{o}={getattr(model.options, o)!r}" for o in ("method", "gate", "num_prompts")
-        )
+        is_whole = any("patch_embed." in name for name in state.keys() - targets.keys())
+        is_whole = is_whole or any(isinstance(value, Mapping) for value in state.values())
+        hint = "; gp.load_wrapped loads a whole state with the backbone" if is_whole else ""
         raise CheckpointError(
-            f"load_tuned_state_dict: {'; '.join(problems[:5])}; the model has {own} and "
-            f"{model.num_classes} classes"
+            f"load_tuned_state_dict: {'; '.join(problems[:5])}; the model has {_words(model)}{hint}"
         )
     for name, target in targets.items():
         target.copy_(state[name])
+
+
+def _words(model: nn.Module) -> str:
+    if not isinstance(model, GatedPromptViT):
+        parts = [module for module in model.modules() if isinstance(module, GatedPrompts)]
+        return ", ".join(f"num_prompts={part.num_prompts}" for part in parts)
+    options = vars(model.options)
+    own = ", ".join(f"{name}={options[name]!r}" for name in ("method", "gate", "num_prompts"))
+    return f"{own} and {model.num_classes} classes"
+
+
+def _check_any_model(who: str, model) -> None:
+    is_inside = isinstance(model, nn.Module) and not isinstance(model, GatedPromptViT)
+    is_inside = is_inside and not hasattr(model, "_orig_mod")
+    is_inside = is_inside and not isinstance(model, nn.parallel.DistributedDataParallel)
+    if not is_inside or not any(isinstance(m, GatedPrompts) for m in model.modules()):
+        check_model(who, model)
 
 
 def check_model(who: str, model) -> None:
@@ -64,16 +90,20 @@ def check_model(who: str, model) -> None:
     model.require_wrapped(who)
 
 
-def tuned_tensors(model: GatedPromptViT) -> dict[str, Tensor]:
+def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors that `tuned_state_dict` saves.
 
-    Outside the backbone these are all parameters and buffers, frozen ones too. In the backbone
-    they are the tuned parameters, and the buffers for which `_is_with_what_is_tuned` is True.
+    These are the tuned parameters, the buffers for which `_is_with_what_is_tuned` is True, and all
+    parameters and buffers, frozen ones too, outside the backbone of a wrapped model, or in the
+    `gated_prompts` of an attached one.
     """
+    parts = [n for n, module in model.named_modules() if isinstance(module, GatedPrompts)]
     tuned = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = name.rpartition(".")
-        if name.startswith("backbone."):
+        is_wrapped = isinstance(model, GatedPromptViT)
+        is_inside = not is_wrapped and any(name.startswith(f"{part}.") for part in parts)
+        if name.startswith("backbone.") if is_wrapped else not is_inside:
             is_ours = (
                 tensor.requires_grad
                 if isinstance(tensor, nn.Parameter)
@@ -99,7 +129,7 @@ def _is_with_what_is_tuned(model: nn.Module, owner: str) -> bool:
         return False
     if hasattr(module, "track_running_stats"):
         return True
-    while owner != "backbone":
+    while owner not in ("", "backbone"):
         flags = [parameter.requires_grad for parameter in model.get_submodule(owner).parameters()]
         if flags:
             return any(flags)

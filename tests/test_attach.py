@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attach` on the models of other stacks equals the method in plain PyTorch.
+
+`make neighbours` runs this file with the packages that are missing elsewhere.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stacks import SIDE, STACKS, Eager, logits
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gated_prompt as gp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LINEAR = {"gate": "linear", "rule": "residual", "start": 0}
+OPTIONS = {
+    "gpt": {},
+    "vpt-shallow": {"method": "vpt-shallow"},
+    "vpt-deep": {"method": "vpt-deep"},
+    "gpt-deep": {"method": "gpt-deep", "gated_blocks": 1},
+    "linear gate": LINEAR,
+    "no temperature": {"temperature": False, "gate": "token"},
+}
+
+
+def attached(name, options="gpt", dtype=torch.float64):
+    stack = STACKS[name]
+    arguments = {"num_prompts": 3, "prompt_dropout": 0.0, **stack.options, **OPTIONS[options]}
+    model = gp.attach(stack.model(), **arguments).double()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part, parameter in model.gated_prompts.named_parameters():
+            low, high = (0.5, 2.0) if "temperatures" in part else (-1.0, 1.0)
+            parameter.uniform_(low, high)
+    return model.to(dtype)
+
+
+def eager(name, options, model):
+    stack, plain = STACKS[name], gp.detach(copy.deepcopy(model))
+    plain.requires_grad_(False)
+    tuned = {
+        n: p.detach().clone().requires_grad_() for n, p in model.gated_prompts.named_parameters()
+    }
+    return Eager(plain, stack, tuned, {**stack.options, **OPTIONS[options]}), tuned
+
+
+def images(batch=3, dtype=torch.float64):
+    torch.manual_seed(2)
+    return torch.randn(batch, 3, SIDE, SIDE, dtype=dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", STACKS)
+def test_equals_the_method_in_plain_pytorch(name, options):
+    model = attached(name, options)
+    restated, tuned = eager(name, options, model)
+    x = images()
+    got, wanted = logits(model, x), restated(x)
+    assert (got - wanted).abs().max() < 1e-10
+    weights = torch.randn_like(wanted)
+    (wanted * weights).sum().backward()
+    (got * weights).sum().backward()
+    for part, parameter in model.gated_prompts.named_parameters():
+        assert tuned[part].grad.abs().max() > 1e-7, f"{part}: a gradient of zero tests nothing"
+        torch.testing.assert_close(parameter.grad, tuned[part].grad, rtol=1e-8, atol=1e-10)
+
+
+def steps_of(model, run, parameters, dtype, count=6):
+    """Losses of SGD with momentum, gradient clipping and two batches for each step."""
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    torch.manual_seed(3)
+    data = [(torch.randn(2, 3, SIDE, SIDE, dtype=dtype), torch.arange(2) + i) for i in range(2)]
+    losses = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        for x, labels in data:
+            loss = F.cross_entropy(run(model, x), labels) / 2
+            loss.backward()
+            losses.append(loss.item())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_losses_of_training_equal_those_of_plain_pytorch(name):
+    """The head is left frozen here: stacks do not all have one."""
+    model = attached(name, "gpt", torch.float32).train()
+    restated, tuned = eager(name, "gpt", model)
+    got = steps_of(model, logits, list(model.gated_prompts.parameters()), torch.float32)
+    wanted = steps_of(restated, lambda m, x: m(x), list(tuned.values()), torch.float32)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert got[-1] < got[1] - 1e-4
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_copies_are_independent_and_complete(name):
+    """A deep copy (as an EMA makes), a pickle and a state dict."""
+    model, x = attached(name), images()
+    wanted = logits(model, x)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.gated_prompts.parameters():
+            parameter.add_(0.3)
+    assert torch.equal(logits(model, x), wanted)
+    assert (logits(copied, x) - wanted).abs().max() > 1e-6
+    logits(copied, x).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in copied.gated_prompts.parameters())
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(logits(copied, x), wanted)
+    if type(model).__qualname__.count("<locals>") == 0:
+        assert torch.equal(logits(pickle.loads(pickle.dumps(model)), x), wanted)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_detach_gives_the_model_back(name):
+    stack = STACKS[name]
+    model, x = stack.model(), images()
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    wanted, names, hooks = logits(model, x), list(model.state_dict()), hooks_of(model)
+    gp.attach(model, num_prompts=3, **stack.options)
+    assert hooks_of(model) != hooks
+    with pytest.raises(RuntimeError, match="attach: model has gated prompts already"):
+        gp.attach(model, num_prompts=3, **stack.options)
+    assert gp.detach(model) is model
+    assert hooks_of(model) == hooks
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model, x), wanted)
+    with pytest.raises(TypeError, match="detach: model must be what attach returned"):
+        gp.detach(model)
+
+
+def hooks_of(model):
+    kinds = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+             "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")  # fmt: skip
+    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_autocast_rounds_and_nothing_more(name):
+    model, x = attached(name, "gpt", torch.float32), images(dtype=torch.float32)
+    wanted = logits(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, x)
+    got.float().sum().backward()
+    assert (got.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+    for parameter in model.gated_prompts.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_checkpointed_blocks_have_the_same_gradients(name):
+    """The stack's own switch where there is one; otherwise a forward on the block that calls
+    torch.utils.checkpoint."""
+    model, x = attached(name).train(), images()
+    parameters = list(model.gated_prompts.parameters())
+    wanted = torch.autograd.grad(logits(model, x).sum(), parameters)
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        for block in model.get_submodule(STACKS[name].blocks):
+            forward = type(block).forward
+            block.forward = lambda *a, f=forward, b=block, **k: checkpoint(
+                f, b, *a, use_reentrant=False, **k
+            )
+    got = torch.autograd.grad(logits(model, x).sum(), parameters)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_compiled_model_gives_the_same(name):
+    model, x = attached(name), images()
+    parameters = list(model.gated_prompts.parameters())
+    wanted = torch.autograd.grad(logits(model, x).sum(), parameters)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    out = logits(compiled, x)
+    torch.testing.assert_close(out, logits(model, x), rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(out.sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_let_everything_attend_to_the_prompts(kind):
+    """torch.nn: True masks. The last two tokens are masked for all others."""
+    model, name = attached("torch.nn", "no temperature"), "torch.nn"
+    restated, _ = eager(name, "no temperature", model)
+    x = model.patch_embed(images())
+    n = x.shape[1]
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    mask[:-2, -2:] = True
+    wide = torch.zeros(n + 3, n + 3, dtype=torch.bool)
+    wide[:1, -2:] = wide[4:-2, -2:] = True  # start 1, three prompts
+    if kind == "float":
+        mask, wide = (
+            torch.zeros(m.shape, dtype=x.dtype).masked_fill(m, -1e9) for m in (mask, wide)
+        )
+    wanted = x
+    for block in restated.model.encoder.layers:
+        wanted = block(wanted, src_mask=wide)
+    got = model.encoder(x, mask=mask)
+    assert (got - wanted).abs().max() < 1e-10
+    assert (got - model.encoder(x)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_training_resumes_from_state_dicts_and_an_ema_follows(name):
+    """Six steps equal three, saved and loaded into a new process's model, and three more. The EMA
+    is timm's: a deep copy, made frozen."""
+    timm_utils = pytest.importorskip("timm.utils")
+    x, labels = images(), torch.arange(3)
+
+    def steps(model, optimizer, ema, count=3):
+        for _ in range(count):
+            optimizer.zero_grad()
+            F.cross_entropy(logits(model, x), labels).backward()
+            optimizer.step()
+            ema.update(model)
+
+    def make():
+        model = attached(name)
+        tuned = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(tuned, lr=0.05)
+        return model, optimizer, timm_utils.ModelEmaV3(model, decay=0.5)
+
+    whole, first, second = make(), make(), make()
+    steps(*whole, count=6)
+    steps(*first)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    for part, state in zip(second, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    steps(*second)
+    for got, wanted in ((second[0], whole[0]), (second[2].module, whole[2].module)):
+        assert torch.equal(logits(got, x), logits(wanted, x))
+    assert (logits(whole[2].module, x) - logits(whole[0], x)).abs().max() > 1e-6
+
+
+# ---- what is refused ----
+
+
+def two_towers():
+    return nn.ModuleDict({"image": STACKS["DINO"].model(), "text": STACKS["DINO"].model()})
+
+
+class Normed(nn.Module):
+    """Divides before it normalises, so a temperature would be lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.q_norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+
+def with_layers(*layers):
+    model = nn.Module()
+    model.layers = nn.ModuleList(layers)
+    return model
+
+
+OWN = {"blocks": "encoder.layers", "query": "attention.to_qkv"}
+REFUSED = {
+    "method": ("DINO", {"method": "linear"}, ValueError, "method must be one of"),
+    "gate": ("DINO", {"gate": "both"}, ValueError, "gate must be one of"),
+    "rule": ("DINO", {"rule": "add"}, ValueError, "rule must be one of"),
+    "batch_dim": ("DINO", {"batch_dim": 2}, ValueError, r"batch_dim must be one of \(0, 1\)"),
+    "start": ("DINO", {"start": -1}, ValueError, "start must be an int of at least 0, got -1"),
+    "temperature": ("DINO", {"temperature": 20.0}, ValueError, r"temperature must be .*\[0.01"),
+    "temperature nan": ("DINO", {"temperature": float("nan")}, ValueError, "temperature must be"),
+    "prompts": ("DINO", {"num_prompts": 0}, ValueError, "num_prompts must be at least 1, got 0"),
+    "gated blocks": ("DINO", {"gated_blocks": 3}, ValueError, r"must be in \[0, 2\], got 3"),
+    "gates of vpt": (
+        "DINO", {"method": "vpt-deep", "gated_blocks": 1}, ValueError, r"must be in \[0, 0\]",
+    ),
+    "blocks": ("DINO", {"blocks": "layers"}, ValueError, "blocks='layers' is not in model"),
+    "no list": ("DINO", {"blocks": "norm"}, ValueError, "must be a nn.ModuleList or nn.Sequential"),
+    "query": ("DINO", {"query": "attn.q"}, ValueError, "query='attn.q' is not in the block"),
+    "head": ("DINO", {"head": "classifier"}, ValueError, "head='classifier' is not in Dino"),
+    "unknown query": ("own", {"blocks": "encoder.layers"}, ValueError, "give query=, or use temp"),
+    "unknown blocks": ("own", {}, TypeError, "must have one list of blocks .* got 0 in MyModel"),
+    "two lists": (two_towers, {}, TypeError, "got 2 in ModuleDict: 'image.blocks', 'text.blocks'"),
+    "q_norm": (
+        lambda: with_layers(Normed()), {"blocks": "layers", "query": "to_q"}, ValueError,
+        "before q_norm normalises them",
+    ),
+    "cross attention": (
+        lambda: with_layers(nn.MultiheadAttention(16, 2, kdim=8)),
+        {"blocks": "layers", "query": ""}, ValueError, "must be self-attention",
+    ),
+    "one deep block": (
+        lambda: with_layers(nn.TransformerEncoderLayer(16, 2)),
+        {"blocks": "layers", "method": "vpt-deep"}, ValueError, "at least 2 blocks, got 1",
+    ),
+    "meta": (lambda: STACKS["DINO"].model().to("meta"), {}, RuntimeError, "meta device"),
+    "compiled": (lambda: torch.compile(STACKS["DINO"].model()), {}, TypeError, "compiled model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_attach_refuses_leaves_the_model_as_it_was(case):
+    make, options, error, words = REFUSED[case]
+    model = STACKS[make].model() if isinstance(make, str) else make()
+    before = [p.requires_grad for p in model.parameters()], hooks_of(model), list(model.children())
+    with pytest.raises(error, match=f"(attach|PromptTokens): .*{words}"):
+        gp.attach(model, **options)
+    now = [p.requires_grad for p in model.parameters()], hooks_of(model), list(model.children())
+    assert now == before
+    assert not any("forward" in vars(m) for m in model.modules() if not hasattr(m, "_orig_mod"))
+
+
+def test_a_query_that_no_block_calls_is_told():
+    model = STACKS["own"].model()
+    for layer in model.encoder.layers:
+        layer.unused = nn.Linear(16, 16)
+    gp.attach(model, num_prompts=3, blocks="encoder.layers", query="unused").double()
+    with pytest.raises(RuntimeError, match="attention of block 0 has not divided its queries"):
+        model(images())
+
+
+def test_blocks_that_change_the_tokens_are_told():
+    class Halving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return x[:, ::2]
+
+    model = STACKS["own"].model()
+    model.encoder.layers[1] = Halving().double()
+    gp.attach(model, "vpt-shallow", num_prompts=3, blocks="encoder.layers").double()
+    with pytest.raises(ValueError, match="attach: block 1 must keep the shape of its input"):
+        model(images())
+    model = STACKS["DINO"].model()
+    gp.attach(model, num_prompts=3).double()
+    with pytest.raises(TypeError, match=r"output of Block must be tokens \[B, N, D\], got \[3, 2"):
+        model.blocks[0](model.prepare_tokens(images()), return_attention=True)
+
+
+@pytest.mark.parametrize("change", [{"need_weights": True}, {"attn_mask": torch.zeros(8, 8)}])
+def test_calls_of_multihead_attention_that_have_no_temperature_are_told(change):
+    model = attached("CLIP")
+    attn = model.transformer.resblocks[0].attn
+    x = torch.randn(8, 3, 16, dtype=torch.float64)
+    assert attn(x, x, x, need_weights=False)[0].shape == x.shape
+    with pytest.raises(RuntimeError, match="must be called as self-attention"):
+        attn(x, x, x, **{"need_weights": False, **change})
+    with pytest.raises(RuntimeError, match="must be called as self-attention"):
+        attn(x, x.clone(), x, need_weights=False)
+
+
+def test_data_parallel_is_refused():
+    model = attached("DINO")
+    replicate = model.gated_prompts._replicate_for_data_parallel  # nn.DataParallel refuses CPUs
+    with pytest.raises(RuntimeError, match=r"attach: nn\.DataParallel can't copy the hooks"):
+        replicate()
+
+
+def test_outputs_that_somebody_keeps_stay_as_they_are():
+    """A hook that keeps a block's output sees what the block returned, before the gate."""
+    model, kept = attached("torchvision"), []
+    block = model.encoder.layers[0]
+    handle = block.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
+    block._forward_hooks.move_to_end(handle.id, last=False)  # before ours
+    model(images())
+    assert torch.equal(*kept[0])
+    handle.remove()
+    block.forward = lambda x, f=block.forward: kept.append(f(x)) or kept[-1]
+    before = kept and model(images())
+    assert (kept[-1] - before.new_zeros(())).abs().max() > 0
