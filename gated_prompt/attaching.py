@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gated_prompt.anatomy import BLOCKS, blocks_of, dim_of, head_of, query_of
 from gated_prompt.checks import RULES
 from gated_prompt.hooks import is_observed, is_ours, is_untouched
 from gated_prompt.modules import GATES
@@ -23,23 +24,8 @@ from gated_prompt.temperature import TEMPERATURE_RANGE
 from gated_prompt.tempering import QueryDivision
 
 NAME = "gated_prompts"  # of the module that attach adds to the model
-# Class names of blocks that map tokens to tokens and return a sum, which may be overwritten.
-BLOCKS = {
-    "Block": "MAE, DINO, MoCo v3, timm",
-    "NestedTensorBlock": "DINOv2",
-    "EncoderBlock": "torchvision",
-    "ResidualAttentionBlock": "open_clip, CLIP",
-    "TransformerEncoderLayer": "torch.nn",
-    "ViTLayer": "transformers", "DeiTLayer": "transformers", "ViTMAELayer": "transformers",
-    "ViTMSNLayer": "transformers", "Dinov2Layer": "transformers",
-    "Dinov2WithRegistersLayer": "transformers", "DINOv3ViTLayer": "transformers",
-    "CLIPEncoderLayer": "transformers", "SiglipEncoderLayer": "transformers",
-}  # fmt: skip
 _OWNERS = ("torch.", "torchvision.", "timm.", "transformers.", "open_clip.")
-_QUERIES = ("q_proj", "query", "qkv")  # names of the nn.Linear that projects the queries
-_QUERY_NORMS = ("q_norm", "ln_q", "norm_q", "query_norm", "q_layernorm", "qk_norm")
 _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
-_HEADS = ("classifier", "heads", "head")
 
 
 class AttachedPrompts(GatedPrompts):
@@ -86,19 +72,22 @@ class AttachedPrompts(GatedPrompts):
 
     def inserted(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N + P, D]."""
-        if not torch.compiler.is_compiling() and self._batch not in (None, len(x)):
+        if not torch.compiler.is_compiling() and len(x) != self._batch == x.shape[1]:
+            shape = list(x.shape if self.batch_dim == 0 else x.transpose(0, 1).shape)
             raise ValueError(
-                f"attach: the first block got {self._words(x)}, and the model got a batch of "
-                f"{self._batch}; batch_dim={self.batch_dim} must be the dimension of the batch"
+                f"attach: the first block got {shape}, and the model got a batch of {self._batch}; "
+                f"batch_dim={self.batch_dim} must be the dimension of the batch"
+            )
+        if x.shape[1] < self.start:
+            raise ValueError(
+                f"attach: start must be at most the number of tokens, {x.shape[1]}, got "
+                f"{self.start}"
             )
         return self.prompts(x, self.start)[0]
 
     def removed(self, x: Tensor) -> Tensor:
         """x [B, N + P, D] -> [B, N, D]."""
         return torch.cat([x[:, : self.start], x[:, self.start + self.num_prompts :]], dim=1)
-
-    def _words(self, x: Tensor) -> str:
-        return str(list(x.shape if self.batch_dim == 0 else x.transpose(0, 1).shape))
 
 
 class _BlockHooks:
@@ -132,7 +121,8 @@ class _BlockHooks:
         x, new = self._batch_first(x), self._batch_first(new)
         # the gate may overwrite `new` if no other code, such as a hook, can have kept it
         is_own = type(block).__module__.startswith(_OWNERS) and type(block).__name__ in BLOCKS
-        is_own = is_own and is_untouched(block) and not is_observed(x) and not new._is_view()
+        is_own = is_own and not torch.compiler.is_compiling() and not is_observed(x)
+        is_own = is_own and is_untouched(block) and not new._is_view()
         p = self.prompts
         # no carrier: it gained nothing on a CPU (ViT-S, 50 prompts: 0.675 s a step, 0.673 without)
         new, _ = p._gated(self.index, new, x, None, p.start, p._closed(x), is_own)
@@ -255,7 +245,7 @@ def attach(
     options = {name: value for name, value in locals().items() if name != "model"}
     _check_model(model)
     _check_options(method, gate, rule, temperature, start, batch_dim)
-    layers = _blocks_of(model, blocks)
+    layers = blocks_of(model, blocks)
     depth, has_gates = len(layers), method.startswith("gpt")
     if not has_gates:
         gate, temperature = None, False
@@ -272,12 +262,12 @@ def attach(
     if method.endswith("-deep") and depth < 2:
         raise ValueError(f"attach: method {method!r} needs at least 2 blocks, got {depth}")
     is_one = temperature is not True and float(temperature or 1.0) == 1.0
-    paths = [None if is_one else _query_of(block, query) for block in layers]
+    paths = [None if is_one else query_of(block, query) for block in layers]
     first = next(layers[0].parameters())
     patch = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     parts = make_prompts(
         method,
-        dim=_dim_of(layers[0]),
+        dim=dim_of(layers[0]),
         depth=depth,
         num_prompts=num_prompts,
         gate=gate,
@@ -288,7 +278,7 @@ def attach(
         init=prompt_init,
         **({} if patch is None else {"patch_dim": patch.weight[0].numel()}),
     )
-    head = _head_of(model, head)
+    head = head_of(model, head)
     tuned_head = () if head is None else model.get_submodule(head).parameters()
     warn_of_frozen_adapters("attach", model, tuned_head)
     # an error up to this line leaves the model unchanged
@@ -298,7 +288,7 @@ def attach(
     )
     source = prompts.temperatures if temperature is True else float(temperature or 1.0)
     prompts.options, prompts.head = options, head
-    prompts._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    prompts._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     if prompts.head is not None:
         model.get_submodule(prompts.head).requires_grad_(True)
@@ -362,7 +352,7 @@ def detach(model: nn.Module) -> nn.Module:
                 for each in (hooks, *kinds):
                     each.pop(key, None)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(prompts._flags.get(name, parameter.requires_grad))
+        parameter.requires_grad_(prompts._required_grad.get(name, parameter.requires_grad))
     return model
 
 
@@ -416,91 +406,3 @@ def _check_options(method, gate, rule, temperature, start, batch_dim) -> None:
         raise ValueError(
             f"attach: temperature must be a bool or in [{low}, {high}], got {temperature!r}"
         )
-
-
-# ---- what is where ----
-
-
-def _blocks_of(model: nn.Module, name: str | None) -> list[nn.Module]:
-    if name is not None:
-        try:
-            container = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"attach: blocks={name!r} is not in model: {error}") from None
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) == 0:
-            raise ValueError(
-                f"attach: blocks={name!r} must be a nn.ModuleList or nn.Sequential of blocks, got "
-                f"{type(container).__name__}"
-            )
-        return list(container)
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
-            kinds = {_kind(block) for block in module}
-            if kinds <= BLOCKS.keys():
-                found[path] = module
-    if len(found) == 1:
-        return list(*found.values())
-    known = ", ".join(sorted(BLOCKS))
-    got = f"{len(found)} in {type(model).__name__}"
-    got += f": {', '.join(map(repr, found))}; choose one, or attach to a part" if found else ""
-    raise TypeError(
-        f"attach: model must have one list of blocks of a class in ({known}), or the argument "
-        f"blocks, got {got}"
-    )
-
-
-def _kind(block: nn.Module) -> str:
-    return type(getattr(block, "_orig_mod", block)).__name__
-
-
-def _query_of(block: nn.Module, name: str | None) -> str:
-    """The name, in the block, of the module that projects the queries."""
-    advice = "give query=, or use temperature=False"
-    if name is None:
-        named = dict(block.named_modules())
-        found = [n for n, m in named.items() if isinstance(m, nn.MultiheadAttention)]
-        found = found or [n for n in named if n.rpartition(".")[2] in _QUERIES]
-        if len(found) != 1 or _kind(block) not in BLOCKS:
-            raise ValueError(
-                f"attach: the queries of {_kind(block)} must be known for a temperature, got "
-                f"{found or 'no'} candidates in a block of this class; {advice}"
-            )
-        (name,) = found
-    try:
-        module = block.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"attach: query={name!r} is not in the block: {error}") from None
-    if isinstance(module, nn.MultiheadAttention):
-        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-            raise ValueError(
-                f"attach: {name!r} must be self-attention without bias_k and add_zero_attn for a "
-                f"temperature, got kdim={module.kdim}; use temperature=False"
-            )
-        return name
-    owner = block.get_submodule(name.rpartition(".")[0])
-    norms = [n for n in _QUERY_NORMS if isinstance(getattr(owner, n, None), nn.Module)]
-    norms = [n for n in norms if not isinstance(getattr(owner, n), nn.Identity)]
-    if norms:
-        raise ValueError(
-            f"attach: {name!r} divides the queries before {norms[0]} normalises them, so a "
-            "temperature has no effect; use temperature=False (for timm models: wrap)"
-        )
-    return name
-
-
-def _dim_of(block: nn.Module) -> int:
-    """D, from the first normalisation or linear layer of the block."""
-    for module in block.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() in (1, 2):
-            return weight.shape[-1]
-    raise ValueError(f"attach: {type(block).__name__} has no layer that shows the size of a token")
-
-
-def _head_of(model: nn.Module, name: str | None) -> str | None:
-    """The name of the module that stays trainable."""
-    modules = dict(model.named_modules())
-    if name and name not in modules:
-        raise ValueError(f"attach: head={name!r} is not in {type(model).__name__}")
-    return next((n for n in _HEADS if n in modules), None) if name is None else name or None

@@ -225,6 +225,11 @@ class QueryDivision(_Divides):
 
     def after_projection(self, module: nn.Module, args, out: Tensor) -> Tensor:
         is_fused = out.shape[-1] == 3 * args[0].shape[-1]
+        if "qkv" in self.path and not is_fused:
+            raise ValueError(
+                f"attach: the output of {self.path!r} must have queries, keys and values of one "
+                f"size, got {list(out.shape)} from {list(args[0].shape)}; use temperature=False"
+            )
         return self.divided_first_third(out) if is_fused else self.divided(out)
 
 

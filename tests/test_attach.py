@@ -185,7 +185,7 @@ def test_a_compiled_model_gives_the_same(name):
     parameters = list(model.gated_prompts.parameters())
     wanted = torch.autograd.grad(logits(model, x).sum(), parameters)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = logits(compiled, x)
     torch.testing.assert_close(out, logits(model, x), rtol=1e-10, atol=1e-12)
     for a, b in zip(torch.autograd.grad(out.sum(), parameters), wanted, strict=True):
@@ -347,6 +347,16 @@ def test_blocks_that_change_the_tokens_are_told():
     gp.attach(model, num_prompts=3).double()
     with pytest.raises(TypeError, match=r"output of Block must be tokens \[B, N, D\], got \[3, 2"):
         model.blocks[0](model.prepare_tokens(images()), return_attention=True)
+
+
+def test_sizes_that_do_not_fit_are_told():
+    model = gp.attach(STACKS["DINO"].model(), num_prompts=3, start=6).double()
+    with pytest.raises(ValueError, match="start must be at most the number of tokens, 5, got 6"):
+        model(images())
+    model = attached("DINO")
+    model.blocks[0].attn.qkv = nn.Linear(16, 32).double()  # grouped queries
+    with pytest.raises(ValueError, match=r"output of 'attn.qkv' must have queries, keys and valu"):
+        model(images())
 
 
 @pytest.mark.parametrize("change", [{"need_weights": True}, {"attn_mask": torch.zeros(8, 8)}])
