@@ -47,7 +47,7 @@ def test_plain_loop_has_the_losses_of_the_eager_formula():
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
 def test_code_in_the_documentation_runs(page, code):
-    if "timm" in code:
+    if "timm" in code or "torchvision" in code:  # timm brings torchvision
         timm_or_skip()
     exec(compile(code, page, "exec"), {})
 
