@@ -124,9 +124,9 @@ class GatedPrompts(nn.Module):
         return out, carrier
 
     def _tell_what_is_not_tuned(self, who: str) -> None:
-        """Warns once, in the first forward in train mode, if this forward can't tune the prompts,
-        gates and temperatures."""
-        if not self.training or torch.compiler.is_compiling() or self._is_told:
+        """Warns in the first forward in train mode if it can't tune the prompts, gates and
+        temperatures."""
+        if self._is_told or not self.training or torch.compiler.is_compiling():
             return
         added = self.added_parameters()
         frozen = [name for name, parameter in added.items() if not parameter.requires_grad]

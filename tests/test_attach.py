@@ -390,3 +390,35 @@ def test_outputs_that_somebody_keeps_stay_as_they_are():
     block.forward = lambda x, f=block.forward: kept.append(f(x)) or kept[-1]
     before = kept and model(images())
     assert (kept[-1] - before.new_zeros(())).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["torchvision", "DINO", "CLIP"])
+def test_a_sharded_model_steps_as_the_whole_one(name):
+    """FSDP2 in one process: each block is a group, the rest of the model is another one."""
+    from torch.distributed.fsdp import fully_shard
+
+    x, labels = images(dtype=torch.float32), torch.arange(3)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        ends = []
+        for sharded in (False, True):
+            model = attached(name, "gpt", torch.float32)
+            if sharded:
+                mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+                for block in model.get_submodule(STACKS[name].blocks):
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            tuned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            optimizer = torch.optim.SGD(tuned.values(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(logits(model, x), labels).backward()
+                gp.check(model, optimizer)
+                optimizer.step()
+            whole = {n: p.full_tensor() if sharded else p for n, p in tuned.items()}
+            ends.append({name: tensor.detach().clone() for name, tensor in whole.items()})
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
+    finally:
+        torch.distributed.destroy_process_group()

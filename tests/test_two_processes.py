@@ -50,6 +50,24 @@ def data():
     return torch.randn(4, 3, SIDE, SIDE, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
 
 
+def dino_steps(x, labels, parallel):
+    """As in docs/drop_in.md: the prompts are a part of the classifier, which alone is in DDP."""
+    backbone = attached("DINO")
+    torch.manual_seed(4)
+    classifier = torch.nn.Linear(2 * 16, 4).double()
+    classifier.gated_prompts = backbone.gated_prompts
+    classifier = DistributedDataParallel(classifier) if parallel else classifier
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layers = backbone.get_intermediate_layers(x, 2)
+        features = torch.cat([tokens[:, 0] for tokens in layers], dim=-1)
+        F.cross_entropy(classifier(features), labels).backward()
+        gp.check(classifier, optimizer)
+        optimizer.step()
+    return {n.removeprefix("module."): p.detach() for n, p in classifier.named_parameters()}
+
+
 def run(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -57,6 +75,7 @@ def run(rank, folder):
     )
     x, labels = (t[2 * rank : 2 * rank + 2] for t in data())
     ends = {n: steps(DistributedDataParallel(make()), x, labels) for n, make in models().items()}
+    ends["DINO's eval_linear"] = dino_steps(x, labels, parallel=True)
     words = {}
     model = attached("DINO")
     F.cross_entropy(model(x), labels).backward()
@@ -84,8 +103,9 @@ def test_two_processes_tune_as_one(tmp_path):
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=2)
     (ends, words), (others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(ends) >= 5
-    for name, make in models().items():
-        wanted = steps(make(), *data())
+    wanted_ends = {name: steps(make(), *data()) for name, make in models().items()}
+    wanted_ends["DINO's eval_linear"] = dino_steps(*data(), parallel=False)
+    for name, wanted in wanted_ends.items():
         assert ends[name].keys() == wanted.keys()
         for part, value in wanted.items():
             torch.testing.assert_close(ends[name][part], value, rtol=1e-9, atol=1e-11)
