@@ -13,6 +13,7 @@ from gated_prompt.checks import RULES
 from gated_prompt.hooks import is_observed, is_ours, is_untouched
 from gated_prompt.modules import GATES
 from gated_prompt.prompting import (
+    MARK,
     PROMPTED,
     GatedPrompts,
     groups_of,
@@ -383,7 +384,7 @@ def _check_model(model) -> None:
             "attach: model must have its weights, got parameters on the meta device; attach after "
             "from_pretrained or to_empty, not in __init__"
         )
-    if any(isinstance(module, GatedPrompts) for module in model.modules()):
+    if any(isinstance(m, GatedPrompts) or MARK in vars(m) for m in model.modules()):
         raise RuntimeError(
             "attach: model has gated prompts already; call detach (or unwrap, for a wrapped part)"
         )

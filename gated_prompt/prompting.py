@@ -17,6 +17,7 @@ from gated_prompt.tempering import Temperatures
 from gated_prompt.traced import is_traced
 
 torch.fx.wrap("prompt_gate")  # torch.fx records calls of it and does not trace into it
+MARK = "_gated_prompt_wrapping"  # the attribute of a timm model that `wrap` has changed
 PROMPTED = ("vpt-shallow", "vpt-deep", "gpt", "gpt-deep")  # methods with prompts
 
 

@@ -243,6 +243,18 @@ def test_heads_are_new_kept_or_given(tmp_path):
     assert gp.load_tuned(tmp_path, vit()).num_classes == 4
 
 
+def test_a_model_is_wrapped_or_attached_and_not_both():
+    backbone = vit()
+    model = gp.wrap(backbone, num_prompts=3)
+    for part in (model, backbone):
+        with pytest.raises(RuntimeError, match="attach: model has gated prompts already"):
+            gp.attach(part, num_prompts=3)
+    gp.attach(gp.unwrap(model), num_prompts=3)
+    with pytest.raises(RuntimeError, match="wrap: vit has gated prompts from attach"):
+        gp.wrap(backbone, num_prompts=3)
+    gp.wrap(gp.detach(backbone), num_prompts=3)
+
+
 def test_wrap_says_what_to_do_with_models_of_others():
     class Holder(nn.Module):
         def __init__(self, name):

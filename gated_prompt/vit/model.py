@@ -298,8 +298,8 @@ class GatedPromptViT(GatedPrompts):
 
     def has_initial_values(self) -> bool:
         """True if prompts, gates and temperatures have the values that `wrap` gave them."""
-        now = self.added_parameters()
-        return bool(now) and all(self._initial.get(n) == describe(p) for n, p in now.items())
+        now, initial = self.added_parameters(), self._initial
+        return bool(now) and all(n in initial and initial[n] == describe(now[n]) for n in now)
 
     def require_wrapped(self, what: str) -> None:
         """Raises RuntimeError if the model was unwrapped."""

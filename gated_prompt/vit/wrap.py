@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gated_prompt.prompting import make_prompts, warn_of_frozen_adapters
+from gated_prompt.prompting import GatedPrompts, make_prompts, warn_of_frozen_adapters
 from gated_prompt.vit.model import HEAD_INITS, GatedPromptViT
 from gated_prompt.vit.options import WrapOptions
 from gated_prompt.vit.prompt_init import DATA_INITS, init_prompts
@@ -227,6 +227,8 @@ def check_backbone(vit) -> None:
         )
     if is_wrapped(vit):
         raise RuntimeError("wrap: vit is wrapped already; call unwrap(vit) first")
+    if any(isinstance(module, GatedPrompts) for module in vit.modules()):
+        raise RuntimeError("wrap: vit has gated prompts from attach; call detach(vit) first")
     patched = patched_methods(vit)
     for module in callable_parts(vit):
         if "forward" in vars(module) and not has_our_forward(module):

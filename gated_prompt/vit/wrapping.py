@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gated_prompt.hooks import is_untouched
+from gated_prompt.prompting import MARK
 from gated_prompt.tempering import Tempering, original_norm
 
-MARK = "_gated_prompt_wrapping"  # the attribute of a wrapped timm model that has its Wrapping
 METHODS_OF_TIMM = {  # methods that the wrapper restates, as they were when this was imported
     name: (getattr(VisionTransformer, name), getattr(Eva, name))
     for name in ("forward_head", "pool", "forward_features", "forward")
