@@ -46,7 +46,7 @@ test: build
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # The tests of arithmetic as on a CPU without AVX, where rounding differs.
-ARITHMETIC = $(addprefix tests/test_,attention.py attached.py divide_rows.py parity.py prompt_gate.py scaled_dot.py users.py)
+ARITHMETIC = $(addprefix tests/test_,attach.py attention.py attached.py divide_rows.py parity.py prompt_gate.py scaled_dot.py users.py)
 test-sse: build
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-sse) \
 	  $(BIN)/python -m pytest $(ARITHMETIC) -n $(WORKERS)
@@ -54,8 +54,9 @@ test-sse: build
 # The tests that need packages of others.
 neighbours: build
 	$(PIP) $(HELD) transformers open_clip_torch peft accelerate lightning torchao onnx onnxruntime onnxscript
-	$(BIN)/python -m pytest tests/test_neighbours.py tests/test_attach.py tests/test_drop_in.py \
-	  tests/test_two_processes.py tests/test_attached.py
+	rm -f build/neighbours.jsonl
+	$(BIN)/python -m pytest -n $(WORKERS) --rows=build/neighbours.jsonl \
+	  $(addprefix tests/test_,neighbours.py attach.py drop_in.py two_processes.py attached.py)
 
 # BENCH=... are flags of the benchmarks. peft is for the rows of LoRA.
 bench: build
@@ -77,7 +78,7 @@ report: build
 	$(BIN)/python benchmarks/report.py benchmarks/README.md README.md docs/status.md
 	$(BIN)/python benchmarks/counts.py docs/counts.md
 	test ! -f build/tests.jsonl || $(BIN)/python tests/support_matrix.py docs/status.md build/tests.jsonl \
-	  $(wildcard $(RESULTS)/gpu.jsonl) $(REPORTS)
+	  $(wildcard build/neighbours.jsonl $(RESULTS)/gpu.jsonl) $(REPORTS)
 
 guard: build  # UPDATE=--update writes the baseline; needs valgrind and nvcc
 	$(BIN)/python benchmarks/lab/guard.py $(UPDATE)

@@ -23,6 +23,15 @@ ROWS = {  # row: (test file, pattern of a test's name; its group is the name in 
     ),
     "checkpoint files": ("test_backbones", r"tensor_of_a_layout_arrives\[(.+)-(?:path|dict)\]"),
     "timm's attention": ("test_attention", r"test_module_is_timms.*?\[[^-]+-(.+)\]"),
+    "models of `attach`": (
+        "test_attach",
+        r"(?:equals_the|losses_of|copies_are|detach_gives|autocast|checkpointed|compiled|resumes).*"
+        r"\[((?!own)[^\]-]+)",
+    ),
+    "training scripts (drop_in.md)": (
+        "test_drop_in",
+        r"^test_(timm|mae|moco|dino|torchvision|clip|transformers|accelerate|peft|lightning)$",
+    ),
     "attention kernels": (
         "test_attention",
         r"(?:function_and_gradients|backend_that_was_asked).*\[(sdpa|math|xformers)",

@@ -225,6 +225,8 @@ def test_heads_are_new_kept_or_given(tmp_path):
     assert kept.head[0].running_mean.any()
     assert not backbone.head[0].running_mean.any()
     assert gp.unwrap(kept) is backbone
+    with pytest.warns(UserWarning, match=r"vit\.head is a Sequential, which is not used"):
+        gp.unwrap(gp.wrap(backbone, num_prompts=3))
     given = nn.Linear(16, 7).double()
     model = gp.wrap(backbone, num_prompts=3, head=given)
     assert model.head is given

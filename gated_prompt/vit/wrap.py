@@ -160,6 +160,12 @@ def wrap(
     except Exception:
         unwrap(model)
         raise
+    if head in HEAD_INITS and type(vit.head) not in (nn.Linear, nn.Identity):
+        warnings.warn(
+            f"wrap: vit.head is a {type(vit.head).__name__}, which is not used: the model has a "
+            "new linear head; head='keep' copies vit.head",
+            stacklevel=2,
+        )
     _warn_of_coarse_parameters(model)
     _warn_of_idle_dropout(model)
     model.remember_initial_values()
