@@ -8,6 +8,7 @@ classes and modules and the same order of operations, at toy size.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 
 import pytest
@@ -256,6 +257,14 @@ def _transformers(name, config, **changes):
     return make
 
 
+def _named(new: str, old: str) -> str:
+    """A name in transformers 5, or in transformers 4."""
+    try:
+        return old if importlib.metadata.version("transformers") < "5" else new
+    except importlib.metadata.PackageNotFoundError:
+        return new
+
+
 def _open_clip():
     transformer = pytest.importorskip("open_clip.transformer")
     return transformer.VisionTransformer(
@@ -279,25 +288,26 @@ STACKS = {
     "open_clip": Stack(_open_clip, "transformer.resblocks", "attn.in_proj_"),
     "HF ViT": Stack(
         _transformers("ViTForImageClassification", "ViTConfig"),
-        "vit.layers", "attention.q_proj.",
+        _named("vit.layers", "vit.encoder.layer"),
+        _named("attention.q_proj.", "attention.attention.query."),
     ),
     "HF DINOv2": Stack(
         _transformers("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2),
-        "dinov2.encoder.layer", "attention.q_proj.",
+        "dinov2.encoder.layer", _named("attention.q_proj.", "attention.attention.query."),
     ),
     "HF DINOv3": Stack(
         _transformers(  # the rescaling would make training random
             "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2, pos_embed_rescale=None
         ),
-        "model.layer", "attention.q_proj.",
+        _named("model.layer", "layer"), "attention.q_proj.",
     ),
     "HF CLIP": Stack(
         _transformers("CLIPVisionModel", "CLIPVisionConfig"),
-        "encoder.layers", "self_attn.q_proj.",
+        _named("encoder.layers", "vision_model.encoder.layers"), "self_attn.q_proj.",
     ),
     "HF SigLIP": Stack(
         _transformers("SiglipVisionModel", "SiglipVisionConfig"),
-        "encoder.layers", "self_attn.q_proj.",
+        _named("encoder.layers", "vision_model.encoder.layers"), "self_attn.q_proj.",
     ),
 }  # fmt: skip
 PACKAGES = ("torchvision", "open_clip", "HF ")  # stacks that may be missing

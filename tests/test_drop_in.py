@@ -290,7 +290,7 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def trainer_names(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")  # for the names of layers
     arguments = transformers.TrainingArguments(
         str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=2, report_to=[],
         learning_rate=1e-2, use_cpu=True, save_strategy="no", disable_tqdm=True,
