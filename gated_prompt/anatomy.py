@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 # Class names of blocks that map tokens to tokens and return a sum, which may be overwritten.
@@ -48,7 +50,8 @@ def blocks_of(model: nn.Module, name: str | None) -> list[nn.Module]:
     got += f": {', '.join(map(repr, found))}; choose one, or attach to a part" if found else ""
     raise TypeError(
         f"attach: model must have one list of blocks of a class in ({known}), or the argument "
-        f"blocks, got {got}"
+        f"blocks, got {got}. For a ViT of your own, give blocks= and query=; networks without a "
+        "fixed sequence of tokens (Swin, MViT, convolutions) can't have prompts"
     )
 
 
@@ -101,9 +104,19 @@ def dim_of(block: nn.Module) -> int:
     raise ValueError(f"attach: {type(block).__name__} has no layer that shows the size of a token")
 
 
-def head_of(model: nn.Module, name: str | None) -> str | None:
-    """The name of the module that stays trainable: `name`, or the first of _HEADS, or None."""
+def head_of(model: nn.Module, name: str | bool | None) -> str | None:
+    """The name of the module that is not frozen: `name`, or the first of _HEADS, or None."""
+    if name is False:
+        return None
     modules = dict(model.named_modules())
-    if name and name not in modules:
+    found = [n for n in (_HEADS if name is None else (name,)) if n in modules]
+    if found:
+        return found[0]
+    if name is not None:
         raise ValueError(f"attach: head={name!r} is not in {type(model).__name__}")
-    return next((n for n in _HEADS if n in modules), None) if name is None else name or None
+    warnings.warn(
+        f"attach: found no head in {type(model).__name__} ({', '.join(_HEADS)}), so only prompts, "
+        "gates and temperatures will be tuned; give head=, or head=False if you have your own",
+        stacklevel=3,
+    )
+    return None

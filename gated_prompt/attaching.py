@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gated_prompt.prompting import (
     MARK,
     PROMPTED,
     GatedPrompts,
+    dropout_of,
     groups_of,
     make_prompts,
     number_of_gates,
@@ -63,7 +65,6 @@ class AttachedPrompts(GatedPrompts):
     def before_model(self, model: nn.Module, args, kwargs) -> None:
         if torch.compiler.is_compiling():
             return
-        self._tell_what_is_not_tuned("attach")
         images = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4]
         self._batch = len(images[0]) if images else None
 
@@ -73,6 +74,7 @@ class AttachedPrompts(GatedPrompts):
 
     def inserted(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N + P, D]."""
+        self._tell_what_is_not_tuned("attach")
         if not torch.compiler.is_compiling() and len(x) != self._batch == x.shape[1]:
             shape = list(x.shape if self.batch_dim == 0 else x.transpose(0, 1).shape)
             raise ValueError(
@@ -194,7 +196,7 @@ def attach(
     keep_prompts: bool = False,
     blocks: str | None = None,
     query: str | None = None,
-    head: str | None = None,
+    head: str | bool | None = None,
     batch_dim: int = 0,
 ) -> nn.Module:
     """Freezes a model and adds gated prompts to its blocks. For timm models, use `wrap`.
@@ -203,7 +205,11 @@ def attach(
     before the first block, gate them after each block, and remove them after the last one. So the
     model's outputs keep their shapes. The new parameters are in `model.gated_prompts`. They are
     part of `state_dict()`, and move, copy and pickle with the model. Unlike `wrap`, `attach` does
-    not change which modules are in train mode.
+    not change which modules are in train mode, and warns of dropout that stays active.
+
+    Outputs of blocks before the last one, such as the `hidden_states` and `attentions` of
+    transformers or DINO's intermediate layers, contain the prompts. So models that make feature
+    maps of them (the Backbone classes of transformers) are refused.
 
     Recognised without further arguments: ViT, DeiT, ViT-MAE, DINOv2, DINOv3, CLIP and SigLIP of
     transformers; torchvision's `VisionTransformer`; the image towers of open_clip and CLIP; models
@@ -211,7 +217,8 @@ def attach(
     models, give `blocks`, and `query` or temperature=False.
 
     Args:
-        model: The model, or a part of it, such as the image tower `clip.vision_model`.
+        model: The model, or a part of it, such as the image tower `clip.vision_model`; then the
+            rest is not frozen.
         method, num_prompts, gate, rule, gate_init, temperature, prompt_dropout: See `wrap`; the
             method is "gpt", "gpt-deep", "vpt-shallow" or "vpt-deep".
         gated_blocks: See `wrap`. None: all blocks except the last one, whose prompts are removed
@@ -228,8 +235,8 @@ def attach(
         query: For the temperature: the name, in each block, of the nn.Linear that projects the
             queries, or whose output has the queries in its first third; or of the
             nn.MultiheadAttention.
-        head: The name of the module that stays trainable. None: `classifier`, `heads` or `head`, if
-            model has one. "": none.
+        head: The name of the module that is not frozen. None: `classifier`, `heads` or `head`, and
+            a warning if model has none. False: none, because you have your own.
         batch_dim: 1: the blocks run over [N, B, D].
 
     Returns:
@@ -280,8 +287,9 @@ def attach(
         **({} if patch is None else {"patch_dim": patch.weight[0].numel()}),
     )
     head = head_of(model, head)
-    tuned_head = () if head is None else model.get_submodule(head).parameters()
-    warn_of_frozen_adapters("attach", model, tuned_head)
+    of_head = [] if head is None else list(model.get_submodule(head).parameters())
+    warn_of_frozen_adapters("attach", model, of_head)
+    _warn_of_active_dropout(model, of_head)
     # an error up to this line leaves the model unchanged
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     prompts = AttachedPrompts(
@@ -290,9 +298,10 @@ def attach(
     source = prompts.temperatures if temperature is True else float(temperature or 1.0)
     prompts.options, prompts.head = options, head
     prompts._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    if prompts.head is not None:
-        model.get_submodule(prompts.head).requires_grad_(True)
+    kept = {id(parameter) for parameter in of_head}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
     setattr(model, NAME, prompts.train(model.training))
     if hasattr(getattr(model, "config", None), "to_dict"):  # of transformers, which saves it
         setattr(model.config, NAME, options)
@@ -384,9 +393,26 @@ def _check_model(model) -> None:
             "attach: model must have its weights, got parameters on the meta device; attach after "
             "from_pretrained or to_empty, not in __init__"
         )
+    if any(kind.__name__ == "BackboneMixin" for kind in type(model).__mro__):
+        raise TypeError(
+            f"attach: {type(model).__name__} makes feature maps of hidden states, which would "
+            "contain the prompts; attach to the model without Backbone in its name"
+        )
     if any(isinstance(m, GatedPrompts) or MARK in vars(m) for m in model.modules()):
         raise RuntimeError(
             "attach: model has gated prompts already; call detach (or unwrap, for a wrapped part)"
+        )
+
+
+def _warn_of_active_dropout(model: nn.Module, of_head: list[nn.Parameter]) -> None:
+    """Warns of dropout and stochastic depth in what attach freezes."""
+    head = {id(parameter) for parameter in of_head}
+    parts = [m for m in model.children() if head.isdisjoint(map(id, m.parameters()))]
+    if found := dropout_of(module for part in parts for module in part.modules()):
+        warnings.warn(
+            f"attach: {', '.join(found)} stays active in train mode, although model is frozen; "
+            "build the model without it if you don't want that",
+            stacklevel=3,
         )
 
 

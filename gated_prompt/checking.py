@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -17,24 +18,29 @@ _MAX_NAMES = 5
 def check(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
-) -> None:
+) -> str:
     """Raises if training would leave prompts, gates or temperatures, or another parameter that
     requires grad, as they are.
 
     Call it once in your script, after the first `loss.backward()` and before `zero_grad()`; in
-    distributed training, in all processes. Before any backward it can't check the gradients.
+    distributed training, in all processes.
 
     Args:
         model: What `wrap` or `attach` returned, or a model around it: DistributedDataParallel,
             torch.compile, a LightningModule, a PEFT model, ...
         optimizer: The optimiser, or all optimisers. None: groups are not checked.
 
+    Returns:
+        What is tuned, in words. Warns if there is no gradient to check, and if gates or
+        temperatures have weight decay.
+
     Raises:
-        TypeError: model contains no gated prompts.
+        TypeError: model contains no gated prompts; optimizer is not an optimiser.
         RuntimeError: a list of all problems: a parameter of prompts, gates or temperatures is
             frozen; a tuned parameter is in no group of the optimisers, or in two; it has no
-            gradient although a backward has run; it is outside DistributedDataParallel, or its
-            gradient is not the same in all processes, so each process would tune its own.
+            gradient although a backward has run; its gradient is not the same in all processes; it
+            is outside the DistributedDataParallel in model; model is in nn.DataParallel; PEFT has
+            copied the prompts.
     """
     parts = [module for module in model.modules() if isinstance(module, GatedPrompts)]
     if not parts:
@@ -46,32 +52,83 @@ def check(
     tuned = {id(p): p for p in model.parameters() if p.requires_grad}
     added = {id(p): p for part in parts for p in part.added_parameters().values()}
     problems: dict[str, list[str]] = {"are frozen": [names[i] for i in added if i not in tuned]}
-    grouped = None
+    groups = _groups_of(optimizer)
+    grouped = [p for group in groups for p in group["params"]]
     if optimizer is not None:
-        several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        grouped = [p for o in several for group in o.param_groups for p in group["params"]]
         counts = dict.fromkeys(tuned, 0)
         for parameter in grouped:
             if id(parameter) in counts:
                 counts[id(parameter)] += 1
-        problems["are in no group of the optimizer"] = [names[i] for i in tuned if counts[i] == 0]
+        problems["are in no group of the optimizer (freeze them, or add them)"] = [
+            names[i] for i in tuned if counts[i] == 0
+        ]
         problems["are in several groups"] = [names[i] for i in tuned if counts[i] > 1]
-    if any(p.grad is not None for p in (*tuned.values(), *(grouped or ()))):
+    has_gradients = any(p.grad is not None for p in (*tuned.values(), *grouped))
+    if has_gradients:
         without = [names[i] for i, p in tuned.items() if p.grad is None]
         problems["have no gradient after backward (torch.no_grad or detach on the way?)"] = without
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        inside = {id(p) for m in parallel for p in m.parameters()}
+    is_parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if is_parallel:
         whole = {i: p for i, p in tuned.items() if not hasattr(p, "device_mesh")}  # not sharded
-        problems["are outside DistributedDataParallel"] = [
-            names[i] for i in whole if i not in inside
-        ]
-        problems["have other gradients in another process (thawed after DDP was made?)"] = [
-            names[i] for i in _differing(whole)
-        ]
+        around = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        if around:
+            inside = {id(p) for m in around for p in m.parameters()}
+            problems["are outside DistributedDataParallel"] = [
+                names[i] for i in whole if i not in inside
+            ]
+        problems[
+            "have other gradients in another process (attached or thawed after DDP was made, or "
+            "outside it?)"
+        ] = [names[i] for i in _differing(whole)]
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        problems["are in nn.DataParallel, which can't copy hooks; use DDP"] = list(names.values())
+    problems["are copies by PEFT's modules_to_save, which no block uses"] = [
+        names[i] for i in added if ".modules_to_save." in names[i]
+    ]
     found = [f"{_some(those)} {words}" for words, those in problems.items() if those]
     if found:
         raise RuntimeError(f"check: {'; '.join(found)}")
+    _warn(parts, groups, has_gradients)
+    frozen = sum(1 for p in model.parameters() if not p.requires_grad)
+    others = sorted({names[i].rpartition(".")[0] for i in tuned if i not in added})
+    words = f"tuned: {len(added)} parameters of prompts, gates and temperatures"
+    words += f", and {_first(others)}" if others else ", and nothing else"
+    return f"{words}; frozen: {frozen} parameters"
+
+
+def _groups_of(optimizer) -> list[dict]:
+    several = [] if optimizer is None else optimizer
+    several = [several] if isinstance(several, torch.optim.Optimizer) else several
+    if not isinstance(several, Iterable) or not all(hasattr(o, "param_groups") for o in several):
+        raise TypeError(
+            "check: optimizer must be a torch.optim.Optimizer or several of them, got "
+            f"{type(optimizer).__name__}"
+        )
+    return [group for one in several for group in one.param_groups]
+
+
+def _warn(parts: list[GatedPrompts], groups: list[dict], has_gradients: bool) -> None:
+    if not has_gradients:
+        warnings.warn(
+            "check: no parameter has a gradient, so gradients were not checked; call it after "
+            "backward and before zero_grad",
+            stacklevel=3,
+        )
+    still = {
+        id(p): name
+        for part in parts
+        for name, p in part.added_parameters().items()
+        if name.startswith(("gates.", "temperatures."))
+    }
+    decayed = [
+        still[id(p)] for g in groups if g.get("weight_decay") for p in g["params"] if id(p) in still
+    ]
+    if decayed:
+        warnings.warn(
+            f"check: {_first(decayed)} have weight decay, which pulls gates half open and "
+            "temperatures to 0; param_groups gives them none",
+            stacklevel=3,
+        )
 
 
 def _differing(tuned: dict[int, nn.Parameter]) -> list[int]:
@@ -91,5 +148,8 @@ def _differing(tuned: dict[int, nn.Parameter]) -> list[int]:
 
 
 def _some(names: list[str]) -> str:
-    words = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
-    return f"{len(names)} tuned parameters ({words})"
+    return f"{len(names)} tuned parameters ({_first(names)})"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")

@@ -18,6 +18,7 @@ from gated_prompt.traced import is_traced
 
 torch.fx.wrap("prompt_gate")  # torch.fx records calls of it and does not trace into it
 MARK = "_gated_prompt_wrapping"  # the attribute of a timm model that `wrap` has changed
+_PATIENCE = 100  # forwards; more than usual numbers of accumulated batches
 PROMPTED = ("vpt-shallow", "vpt-deep", "gpt", "gpt-deep")  # methods with prompts
 
 
@@ -73,7 +74,8 @@ class GatedPrompts(nn.Module):
     """
 
     def _set_parts(self, prompts, deep_prompts, gates, depth, learns_temperature, device, dtype):
-        self.depth, self._is_told = depth, False
+        self.depth, self._is_seen = depth, False
+        self._waiting = None if prompts is None else (0, None)  # forwards, version of the prompts
         self.num_prompts = 0 if prompts is None else len(prompts.tokens)
         self.prompts = None if prompts is None else prompts.to(device, dtype)
         self.deep_prompts = None if deep_prompts is None else deep_prompts.to(device, dtype)
@@ -126,27 +128,50 @@ class GatedPrompts(nn.Module):
 
     def _tell_what_is_not_tuned(self, who: str) -> None:
         """Warns in the first forward in train mode if it can't tune the prompts, gates and
-        temperatures."""
-        if self._is_told or not self.training or torch.compiler.is_compiling():
+        temperatures, and later if the prompts get gradients but do not change."""
+        if not self.training or torch.compiler.is_compiling():
             return
+        if not self._is_seen:
+            self._tell_what_is_frozen(who)
+        if self._waiting is not None and torch.is_grad_enabled():
+            self._tell_of_a_missing_optimizer(who)
+
+    def _tell_what_is_frozen(self, who: str) -> None:
         added = self.added_parameters()
         frozen = [name for name, parameter in added.items() if not parameter.requires_grad]
-        if not added or (not torch.is_grad_enabled() and len(frozen) == len(added)):
-            return
-        self._is_told = True
         if not torch.is_grad_enabled():
+            if len(frozen) == len(added):
+                return
             warnings.warn(
                 f"{who}: this forward in train mode runs under torch.no_grad, so prompts, gates "
                 "and temperatures get no gradient; remove no_grad to tune them, or call "
                 "model.eval() if you only evaluate",
-                stacklevel=3,
+                stacklevel=4,
             )
         elif frozen:
             warnings.warn(
                 f"{who}: {len(frozen)} of {len(added)} parameters of prompts, gates and "
                 f"temperatures are frozen, for example {frozen[0]!r}, and will not be tuned; if "
                 "your script freezes parameters, let it do so before wrap or attach",
-                stacklevel=3,
+                stacklevel=4,
+            )
+        self._is_seen = True
+
+    def _tell_of_a_missing_optimizer(self, who: str) -> None:
+        tokens = self.prompts.tokens
+        count, version = self._waiting
+        version = tokens._version if version is None else version
+        if tokens._version != version or hasattr(tokens, "device_mesh"):
+            self._waiting = None  # they are tuned; of sharded ones this can't be seen
+            return
+        self._waiting = count + 1, version
+        if count == _PATIENCE and tokens.grad is not None:
+            self._waiting = None
+            warnings.warn(
+                f"{who}: the prompts have a gradient and have not changed in {_PATIENCE} forwards "
+                "in train mode; are they in the optimizer? gp.check(model, optimizer) says what is "
+                "not",
+                stacklevel=4,
             )
 
     # ---- tuning ----
@@ -201,6 +226,18 @@ def warn_of_frozen_adapters(who: str, model: nn.Module, head: Iterable[nn.Parame
             f"them as well, call requires_grad_(True) on them after {who}",
             stacklevel=3,
         )
+
+
+def dropout_of(modules: Iterable[nn.Module]) -> list[str]:
+    """Words for the dropout, stochastic depth and patch dropout among the modules."""
+    found = set()
+    for module in modules:
+        kind = type(module).__name__
+        rates = [getattr(module, name, 0) for name in ("p", "drop_prob", "prob")]
+        rate = max((r for r in rates if isinstance(r, (int, float))), default=0)
+        if ("Drop" in kind or kind == "StochasticDepth") and rate > 0:
+            found.add(f"{kind} ({rate:g})")
+    return sorted(found)
 
 
 def groups_of(

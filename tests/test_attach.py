@@ -7,6 +7,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -422,3 +423,46 @@ def test_a_sharded_model_steps_as_the_whole_one(name):
         torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_head_is_left_as_the_script_has_it():
+    """Trainable, or frozen together with the rest; head=False: no head."""
+    for change, trainable in (
+        (lambda m: None, True),
+        (lambda m: m.requires_grad_(False), False),
+        (lambda m: m.requires_grad_(False).head.requires_grad_(True), True),
+    ):
+        model = STACKS["DINO"].model()
+        change(model)
+        gp.attach(model, num_prompts=3)
+        assert {p.requires_grad for p in model.head.parameters()} == {trainable}
+        assert not any(p.requires_grad for p in model.blocks.parameters())
+    model = gp.attach(STACKS["DINO"].model(), num_prompts=3, head=False)
+    tuned = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(name.startswith("gated_prompts.") for name in tuned)
+    model = STACKS["DINO"].model()
+    model.to_logits = model.head
+    del model.head
+    with pytest.warns(UserWarning, match="attach: found no head in Dino"):
+        gp.attach(model, num_prompts=3)
+
+
+def test_dropout_that_stays_active_is_told():
+    model = STACKS["DINO"].model()
+    model.head = nn.Sequential(nn.Dropout(0.3), model.head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.attach(model, num_prompts=3)
+    gp.detach(model)
+    model.blocks[0].mlp.append(nn.Dropout(0.25))
+    with pytest.warns(UserWarning, match=r"attach: Dropout \(0\.25\) stays active in train mode"):
+        gp.attach(model, num_prompts=3)
+
+
+def test_models_that_make_feature_maps_are_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    with pytest.raises(TypeError, match="Dinov2Backbone makes feature maps of hidden states"):
+        gp.attach(transformers.Dinov2Backbone(config), num_prompts=3)

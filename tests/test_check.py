@@ -97,11 +97,25 @@ def problems_of(model, optimizer, run=None):
 def test_check_is_silent_if_all_is_well(kind):
     model = MODELS[kind]().train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    gp.check(model, optimizer)  # nothing to say of gradients before a backward
+    with pytest.warns(UserWarning, match="check: no parameter has a gradient"):
+        gp.check(model, optimizer)
     F.cross_entropy(logits(model, images()), LABELS).backward()
     gp.check(model, optimizer)
     gp.check(nn.ModuleDict({"inner": model}), [optimizer])
-    gp.check(torch.compile(model), optimizer)
+    words = gp.check(torch.compile(model), optimizer)
+    assert words.startswith("tuned: 6 parameters of prompts, gates and temperatures, and ")
+    assert "head; frozen: " in words
+    decayed = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
+    with pytest.warns(UserWarning, match=r"check: gates.0.logit, gates.1.logit, temperatures\.0, "):
+        gp.check(model, decayed)
+    groups = model.param_groups(0.1, 0.1) if kind == "wrap" else gp.param_groups(model, 0.1, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.check(model, torch.optim.AdamW(groups))
+    with pytest.raises(TypeError, match=r"check: optimizer must be a torch\.optim\.Optimizer"):
+        gp.check(model, torch.optim.lr_scheduler.StepLR(decayed, 1))
+    with pytest.raises(RuntimeError, match=r"are in nn\.DataParallel"):
+        gp.check(nn.DataParallel(model))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -143,6 +157,66 @@ def test_check_finds_a_no_grad_around_the_backbone(kind):
     words = problems_of(model, torch.optim.SGD(tuned, lr=0.1), run)
     assert "have no gradient after backward" in words
     assert "temperatures.0" in words
+
+
+def test_check_finds_prompts_that_peft_has_copied():
+    """modules_to_save=["gated_prompts"] trains a copy, and the hooks use the original."""
+    model = attached("DINO")
+    original = model.gated_prompts
+    model.gated_prompts = nn.Module()
+    model.gated_prompts.original_module = original
+    model.gated_prompts.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(original)})
+    with pytest.raises(RuntimeError, match="are copies by PEFT's modules_to_save"):
+        gp.check(model)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_prompts_that_never_change_are_told(kind):
+    """The script's optimiser was made before wrap or attach."""
+    model, x = MODELS[kind]().train(), images()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+
+    def step(optimizer=optimizer):
+        optimizer.zero_grad()
+        F.cross_entropy(logits(model, x), LABELS).backward()
+        optimizer.step()
+
+    assert warnings_of(lambda: [step() for _ in range(100)]) == []
+    (told,) = warnings_of(step)
+    assert "have not changed in 100 forwards in train mode" in told
+    assert warnings_of(lambda: [step() for _ in range(101)]) == []
+    model = MODELS[kind]().train()
+    tuned = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert warnings_of(lambda: [step(tuned) for _ in range(102)]) == []
+
+
+def test_forwards_that_are_not_the_models_are_told_too():
+    """DINO's eval_linear calls get_intermediate_layers; the prompts follow the classifier."""
+    model = attached("DINO")
+    classifier = nn.Linear(16, 4).double()
+    classifier.gated_prompts = model.gated_prompts
+    model.eval()
+    classifier.train()
+    with torch.no_grad():
+        (told,) = warnings_of(lambda: model.get_intermediate_layers(images()))
+    assert "in train mode runs under torch.no_grad" in told
+
+
+def test_a_bare_backbones_state_is_not_loaded_into_a_wrapped_model():
+    """With strict=False, as MoCo v3 and MAE load, nothing would be loaded."""
+    model, state = wrapped(), vit().state_dict()
+    with pytest.raises(RuntimeError, match="load it before wrap, or into model"):
+        model.load_state_dict(state, strict=False)
+    outer = nn.ModuleDict({"module": model})
+    with pytest.raises(RuntimeError, match="load it before wrap, or into model"):
+        outer.load_state_dict({f"module.{n}": t for n, t in state.items()}, strict=False)
+    model.load_state_dict(model.state_dict())
+    model.backbone.load_state_dict({**model.backbone.state_dict(), **state})
+
+
+def test_saving_an_attached_model_says_how(tmp_path):
+    with pytest.raises(TypeError, match="got one with prompts from attach; save its state_dict"):
+        gp.save_tuned(attached("DINO"), tmp_path)
 
 
 def test_check_wants_gated_prompts():

@@ -110,10 +110,11 @@ def tiny_timm(**changes):
 
 
 def test_at_most_three_lines_change():
+    """In MoCo v3's script four, because it asserts that only a head is tuned."""
     assert len(DIFFS) >= 11
     for stack, diff in DIFFS.items():
         added = [line for line in diff.splitlines() if line.startswith("+")]
-        assert 1 <= len(added) <= 3, stack
+        assert 1 <= len(added) <= (4 if stack == "moco" else 3), stack
 
 
 def test_every_diff_has_a_test():
@@ -176,17 +177,74 @@ def test_mae():
     gp.check(model, found["optimizer"])
 
 
+def test_mae_finetune():
+    timm_or_skip()
+
+    def param_groups_lrd(model, weight_decay, no_weight_decay_list, layer_decay):
+        """MAE's rule: by the name, layer 0, the block's, or the last; vectors do not decay."""
+        groups = []
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            is_stem = name.startswith(("cls_token", "pos_embed", "patch_embed"))
+            block = int(name.split(".")[1]) + 1 if name.startswith("blocks") else DEPTH + 1
+            scale = layer_decay ** (DEPTH + 1 - (0 if is_stem else block))
+            decay = 0.0 if p.ndim == 1 or name in no_weight_decay_list else weight_decay
+            groups.append({"params": [p], "lr_scale": scale, "weight_decay": decay})
+        return groups
+
+    models = types.SimpleNamespace(
+        vit_base_patch16=lambda global_pool, **_: drawn(stacks.mae(global_pool))
+    )
+    names = {"models_vit": models, "param_groups_lrd": param_groups_lrd}
+    run("mae-finetune", "-", **names)
+    found = run("mae-finetune", **names)
+    model, groups = found["model"], found["optimizer"].param_groups
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # gates and temperatures do not decay
+        F.cross_entropy(model(data()[0]), data()[1]).backward()
+        assert "fc_norm" in gp.check(model, found["optimizer"])
+    plain, tuned = eager_of(model, "MAE, average pool", keep_prompts=True)
+    assert_trains_as_plain_pytorch(model, plain, tuned)
+
+
 def test_moco():
+    """With MoCo v3's check that nothing but the head has changed."""
     timm_or_skip()
     vits = types.SimpleNamespace(vit_base=lambda **_: tiny_timm())
-    run("moco", "-", vits=vits)
-    found = run("moco", vits=vits)
-    model = found["model"]
+    pretrained = {
+        f"module.base_encoder.{name}": tensor
+        for name, tensor in tiny_timm().state_dict().items()
+        if not name.startswith("head.")
+    }
+
+    def load_pretrained(model):
+        state = {n.removeprefix("module.base_encoder."): t for n, t in pretrained.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert set(missing) == {"head.weight", "head.bias"}
+        assert not unexpected
+
+    def sanity_check(state, pretrained):
+        for name, tensor in state.items():
+            if "head." not in name:
+                own = name.removeprefix("module.")
+                assert torch.equal(tensor, pretrained[f"module.base_encoder.{own}"]), name
+
+    names = {
+        "vits": vits, "load_pretrained": load_pretrained, "sanity_check": sanity_check,
+        "pretrained": pretrained, "parallel": lambda model: nn.ModuleDict({"module": model}),
+    }  # fmt: skip
+    run("moco", "-", **names)["after_the_first_epoch"]()
+    found = run("moco", **names)
+    model = found["wrapped"]
     assert not model.head.bias.any()
     assert torch.equal(model.head.weight, model.backbone.head.weight)
+    found["after_the_first_epoch"]()
     assert_trains_as_plain_pytorch(model, *restated_of(model))
     F.cross_entropy(model(data()[0]), data()[1]).backward()
     gp.check(model, found["optimizer"])
+    found["after_the_first_epoch"]()
 
 
 class LinearClassifier(nn.Module):
@@ -308,11 +366,17 @@ def hf_vit(tmp_path):
     drawn(model).save_pretrained(tmp_path / "base")
 
 
-def test_transformers(tmp_path):
+def test_transformers(tmp_path, capsys):
     names = trainer_names(tmp_path)
     hf_vit(tmp_path)
     run("transformers", "-", **names)
+    (code,) = re.findall(r"```python class=CheckOnce\n(.*?)```", PAGE, re.DOTALL)
+    callback = {}
+    exec(compile(code, "docs/drop_in.md", "exec"), callback)
+    trainer = names["Trainer"]
+    names["Trainer"] = lambda *a, **k: trainer(*a, callbacks=[callback["CheckOnce"]()], **k)
     found = run("transformers", **names)
+    assert "tuned: 6 parameters of prompts, gates and temperatures" in capsys.readouterr().out
     model, x = found["model"].eval(), data()[0]
     wanted = model(x).logits
     base = names["ViTForImageClassification"].from_pretrained(names["folder"])

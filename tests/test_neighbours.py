@@ -37,7 +37,7 @@ def test_accelerate_offloads_a_wrapped_model(method):
     torch.testing.assert_close(model(images()), wanted)
     vit = small_vit()
     accelerate.cpu_offload(vit, execution_device="cpu")
-    with pytest.raises(RuntimeError, match=r"its own forward, .* apply accelerate after wrap"):
+    with pytest.raises(RuntimeError, match=r"its own forward, .* call accelerate after wrap"):
         gp.wrap(vit, method, num_prompts=4)
 
 

@@ -86,6 +86,11 @@ def run(rank, folder):
     model.gated_prompts.gates.requires_grad_(True)
     F.cross_entropy(parallel(x), labels).backward()
     words["thawed"] = message_of(parallel)
+    model = attached("DINO")
+    head, model.head = model.head, torch.nn.Identity()
+    model.inner = DistributedDataParallel(head)
+    F.cross_entropy(model.inner(model(x)), labels).backward()
+    words["part"] = message_of(model)
     torch.save((ends, words), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -110,8 +115,9 @@ def test_two_processes_tune_as_one(tmp_path):
         for part, value in wanted.items():
             torch.testing.assert_close(ends[name][part], value, rtol=1e-9, atol=1e-11)
             assert torch.equal(ends[name][part], others[name][part])
-    assert "are outside DistributedDataParallel" in words["no DDP"]
     assert "have other gradients in another process" in words["no DDP"]
     assert "2 tuned parameters (" in words["thawed"]
     assert "gates.0.logit" in words["thawed"]
     assert "are outside" not in words["thawed"]
+    assert "6 tuned parameters (" in words["part"]
+    assert "are outside DistributedDataParallel" in words["part"]

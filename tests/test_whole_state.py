@@ -3,6 +3,7 @@
 
 import argparse
 import copy
+import json
 import re
 import warnings
 
@@ -382,3 +383,29 @@ def test_files_that_do_not_fit_are_refused_and_the_model_is_not_attached(tmp_pat
         assert all(map(torch.equal, model.parameters(), before))
     with pytest.raises(ValueError, match="load_attached: expect_sha256 needs a path, got a"):
         gp.load_attached(state, STACKS["DINO"].model(), expect_sha256="0" * 64)
+
+
+def test_a_folder_in_parts_is_read_by_its_index(tmp_path):
+    from stacks import STACKS
+    from test_attach import attached, images
+
+    model, x = attached("DINO", "vpt-shallow"), images()
+    state = model.state_dict()
+    names, parts = sorted(state), {}
+    for part in range(2):
+        chosen = {name: state[name].clone() for name in names[part::2]}
+        save_file(chosen, tmp_path / f"model-{part}.safetensors")
+        parts |= dict.fromkeys(chosen, f"model-{part}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": parts}))
+    with pytest.warns(UserWarning, match="load_attached: assumed"):
+        again = gp.load_attached(tmp_path, STACKS["DINO"].model())
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(ValueError, match="load_attached: expect_sha256 needs one file"):
+        gp.load_attached(tmp_path, STACKS["DINO"].model(), expect_sha256="0" * 64)
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(gp.CheckpointError, match="must name files in its folder"):
+        gp.load_attached(tmp_path, STACKS["DINO"].model())
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        gp.load_attached(tmp_path, STACKS["DINO"].model())

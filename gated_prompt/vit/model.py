@@ -100,6 +100,14 @@ class GatedPromptViT(GatedPrompts):
         if self._is_wrapped:
             self._set_wrapper()
 
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        if f"{prefix}patch_embed.proj.weight" in state_dict:
+            raise RuntimeError(  # with strict=False, nothing would be loaded
+                "GatedPromptViT: load_state_dict got the names of the bare backbone; load it "
+                "before wrap, or into model.backbone"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _set_wrapper(self) -> None:
         self._wrapping.wrapper = weakref.ref(self)
 

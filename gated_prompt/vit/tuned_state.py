@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gated_prompt.attaching import NAME
 from gated_prompt.prompting import GatedPrompts
 from gated_prompt.vit.checkpoint_file import CheckpointError, first_names
 from gated_prompt.vit.model import GatedPromptViT
@@ -82,6 +83,12 @@ def _check_any_model(who: str, model) -> None:
 
 
 def check_model(who: str, model) -> None:
+    if isinstance(getattr(model, NAME, None), GatedPrompts):
+        raise TypeError(
+            f"{who}: model must be what wrap returned, got one with prompts from attach; save its "
+            "state_dict() or tuned_state_dict(model); load_attached and load_tuned_state_dict load "
+            "them"
+        )
     if not isinstance(model, GatedPromptViT):
         raise TypeError(
             f"{who}: model must be what wrap returned (for a compiled or parallel model: its "

@@ -4,6 +4,7 @@ it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -190,8 +191,25 @@ def _read(who: str, source, expect_sha256: str | None) -> Mapping:
             raise ValueError(f"{who}: expect_sha256 needs a path, got a {type(source).__name__}")
         return source
     if os.path.isdir(source):
-        source = os.path.join(source, "model.safetensors")
+        return _of_folder(who, os.fspath(source), expect_sha256)
     return read_checkpoint(source, expect_sha256=expect_sha256)
+
+
+def _of_folder(who: str, folder: str, expect_sha256: str | None) -> Mapping:
+    """Reads a folder of `save_pretrained`: model.safetensors, or its parts by their index."""
+    whole, index = (os.path.join(folder, f"model.safetensors{end}") for end in ("", ".index.json"))
+    if os.path.exists(whole) or not os.path.exists(index):
+        return read_checkpoint(whole, expect_sha256=expect_sha256)
+    if expect_sha256 is not None:
+        raise ValueError(f"{who}: expect_sha256 needs one file, got the parts of {index!r}")
+    with open(index) as file:
+        parts = sorted(set(json.load(file)["weight_map"].values()))
+    if any(os.path.basename(part) != part for part in parts):
+        raise CheckpointError(f"{who}: {index!r} must name files in its folder, got {parts[:5]}")
+    state = {}
+    for part in parts:
+        state |= read_checkpoint(os.path.join(folder, part))
+    return state
 
 
 def _state_of(file: Mapping, which: str | None) -> dict[str, Tensor]:

@@ -14,7 +14,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gated_prompt.prompting import GatedPrompts, make_prompts, warn_of_frozen_adapters
+from gated_prompt.prompting import (
+    GatedPrompts,
+    dropout_of,
+    make_prompts,
+    warn_of_frozen_adapters,
+)
 from gated_prompt.vit.model import HEAD_INITS, GatedPromptViT
 from gated_prompt.vit.options import WrapOptions
 from gated_prompt.vit.prompt_init import DATA_INITS, init_prompts
@@ -266,20 +271,14 @@ def _warn_of_coarse_parameters(model: GatedPromptViT) -> None:
 def _warn_of_idle_dropout(model: GatedPromptViT) -> None:
     """Warns if dropout, stochastic depth or patch dropout of the backbone never runs, because its
     frozen modules stay in eval mode."""
-    mode, idle = model.training, {}
+    mode = model.training
     model.train()
-    for module in model.backbone.modules():
-        rate = next(
-            (getattr(module, n) for n in ("p", "drop_prob", "prob") if hasattr(module, n)), 0
-        )
-        if "Drop" in type(module).__name__ and not module.training and rate > 0:
-            idle.setdefault(type(module).__name__, rate)
+    idle = dropout_of(module for module in model.backbone.modules() if not module.training)
     model.train(mode)
     if idle:
-        words = ", ".join(f"{name} ({rate:g})" for name, rate in sorted(idle.items()))
         warnings.warn(
-            f"wrap: {words} of vit has no effect, because frozen modules stay in eval mode; "
-            "prompt_dropout is the dropout of the prompts",
+            f"wrap: {', '.join(idle)} of vit has no effect, because frozen modules stay in eval "
+            "mode; prompt_dropout is the dropout of the prompts",
             stacklevel=3,
         )
 
