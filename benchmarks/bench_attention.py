@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_peers import attention
 
 from gated_prompt.temperature import tempered_attention, unavailable_reason
-from gated_prompt.vit import shortcuts
 from gated_prompt.tempering import Temperatures, Tempering
+from gated_prompt.vit import shortcuts
 
 pytestmark = timed_here
 
