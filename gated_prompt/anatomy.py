@@ -78,10 +78,16 @@ def query_of(block: nn.Module, name: str | None) -> str:
     except AttributeError as error:
         raise ValueError(f"attach: query={name!r} is not in the block: {error}") from None
     if isinstance(module, nn.MultiheadAttention):
+        is_own = type(module).forward is not nn.MultiheadAttention.forward
         if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
             raise ValueError(
                 f"attach: {name!r} must be self-attention without bias_k and add_zero_attn for a "
                 f"temperature, got kdim={module.kdim}; use temperature=False"
+            )
+        if is_own or "forward" in vars(module):
+            raise ValueError(
+                f"attach: {name!r} has its own forward, which a temperature would replace; use "
+                "temperature=False"
             )
         return name
     owner = block.get_submodule(name.rpartition(".")[0])
@@ -110,6 +116,8 @@ def head_of(model: nn.Module, name: str | bool | None) -> str | None:
         return None
     modules = dict(model.named_modules())
     found = [n for n in (_HEADS if name is None else (name,)) if n in modules]
+    if name is None:
+        found = [n for n in found if next(modules[n].parameters(), None) is not None]
     if found:
         return found[0]
     if name is not None:

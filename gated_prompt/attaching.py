@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from gated_prompt.anatomy import blocks_of, dim_of, head_of, query_of
-from gated_prompt.block_hooks import AttachedPrompts, remove_hooks, set_hooks
+from gated_prompt.block_hooks import AttachedPrompts, has_hooks, remove_hooks, set_hooks
 from gated_prompt.checks import RULES
 from gated_prompt.modules import GATES
 from gated_prompt.prompting import (
@@ -24,6 +25,7 @@ from gated_prompt.prompting import (
     warn_of_frozen_adapters,
 )
 from gated_prompt.temperature import TEMPERATURE_RANGE
+from gated_prompt.tempering import is_compiled
 
 NAME = "gated_prompts"  # of the module that attach adds to the model
 
@@ -57,7 +59,9 @@ def attach(
 
     Outputs of blocks before the last one, such as the `hidden_states` and `attentions` of
     transformers or DINO's intermediate layers, contain the prompts. So models that make feature
-    maps of them (the Backbone classes of transformers) are refused.
+    maps of them (the Backbone classes of transformers) are refused. Masks are widened: all tokens
+    attend to the prompts. Prompts attend to all tokens to which any token attends, so causal models
+    are not supported.
 
     Recognised without further arguments: ViT, DeiT, ViT-MAE, DINOv2, DINOv3, CLIP and SigLIP of
     transformers; torchvision's `VisionTransformer`; the image towers of open_clip and CLIP; models
@@ -102,6 +106,7 @@ def attach(
     _check_model(model)
     _check_options(method, gate, rule, temperature, start, batch_dim)
     layers = blocks_of(model, blocks)
+    _check_blocks(layers, batch_dim)
     depth, has_gates = len(layers), method.startswith("gpt")
     if not has_gates:
         gate, temperature = None, False
@@ -151,6 +156,7 @@ def attach(
             parameter.requires_grad_(False)
     setattr(model, NAME, prompts.train(model.training))
     if hasattr(getattr(model, "config", None), "to_dict"):  # of transformers, which saves it
+        model.config = copy.copy(model.config)  # other models may share it
         setattr(model.config, NAME, options)
     set_hooks(model, prompts, layers, queries, temperature)
     return model
@@ -207,8 +213,16 @@ def _attached(who: str, model: nn.Module) -> AttachedPrompts:
 
 
 def _check_model(model) -> None:
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("attach: got a compiled model; attach to model._orig_mod, then compile")
+    if any(map(is_compiled, model.modules())):
+        raise TypeError(
+            "attach: model or a part of it is compiled, and compiled code would not see the hooks; "
+            "attach first, then compile"
+        )
+    if isinstance(model, (nn.Sequential, nn.ModuleList)):
+        raise TypeError(
+            f"attach: model must not be a {type(model).__name__}, which would call or count the "
+            "prompts as one of its parts; attach to the model around it"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(
             "attach: model must have its weights, got parameters on the meta device; attach after "
@@ -219,10 +233,25 @@ def _check_model(model) -> None:
             f"attach: {type(model).__name__} makes feature maps of hidden states, which would "
             "contain the prompts; attach to the model without Backbone in its name"
         )
-    if any(isinstance(m, GatedPrompts) or MARK in vars(m) for m in model.modules()):
+    is_prompted = any(isinstance(m, GatedPrompts) or MARK in vars(m) for m in model.modules())
+    if is_prompted or has_hooks(model):
         raise RuntimeError(
             "attach: model has gated prompts already; call detach (or unwrap, for a wrapped part)"
         )
+    if hasattr(model, NAME):
+        raise RuntimeError(f"attach: model has an attribute {NAME!r}, which attach needs")
+
+
+def _check_blocks(blocks: list[nn.Module], batch_dim: int) -> None:
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise ValueError("attach: each block must be another module, got one that is there twice")
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.batch_first == bool(batch_dim):
+                raise ValueError(
+                    f"attach: batch_dim must be {int(not module.batch_first)} for blocks with "
+                    f"nn.MultiheadAttention(batch_first={module.batch_first}), got {batch_dim}"
+                )
 
 
 def _warn_of_active_dropout(model: nn.Module, of_head: list[nn.Parameter]) -> None:

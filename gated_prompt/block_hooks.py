@@ -3,16 +3,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+
 import torch
 from torch import Tensor, nn
 
 from gated_prompt.anatomy import BLOCKS
-from gated_prompt.hooks import is_observed, is_ours, is_untouched
+from gated_prompt.hooks import is_observed, is_untouched
 from gated_prompt.prompting import GatedPrompts
-from gated_prompt.tempering import QueryDivision
+from gated_prompt.tempering import QueryDivision, remove_forward
+from gated_prompt.torch_private import backward_id
 
 _OWNERS = ("torch.", "torchvision.", "timm.", "transformers.", "open_clip.")
 _MASKS = ("attention_mask", "attn_mask", "mask", "src_mask")
+
+
+@dataclasses.dataclass
+class _Running:
+    """A forward: the batch size of its images (None: not known, the model's forward was not
+    called), the next block, and the number of tokens with the prompts."""
+
+    batch: int | None
+    block: int = 0
+    num_tokens: int = 0
 
 
 class AttachedPrompts(GatedPrompts):
@@ -34,7 +48,7 @@ class AttachedPrompts(GatedPrompts):
         super().__init__()
         self.start, self.batch_dim, self.keep_prompts = start, batch_dim, keep_prompts
         self._set_parts(*parts, depth, temperature is True, device, dtype)
-        self._batch = None  # of the images, if the model's forward is running
+        self._running: dict[int, _Running] = {}  # thread: the forward that runs in it
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError(
@@ -47,22 +61,55 @@ class AttachedPrompts(GatedPrompts):
         return ", ".join(f"{name}={getattr(self, name)}" for name in parts)
 
     def before_model(self, model: nn.Module, args, kwargs) -> None:
-        if torch.compiler.is_compiling():
+        if not _is_checked():
             return
         images = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4]
-        self._batch = len(images[0]) if images else None
+        running = _Running(len(images[0]) if images else None)
+        self._running[threading.get_ident()] = running
 
     def after_model(self, model: nn.Module, args, out) -> None:
-        if not torch.compiler.is_compiling():
-            self._batch = None
+        if not _is_checked():
+            return
+        running = self._running.pop(threading.get_ident(), None)
+        if running is not None and out is not None and running.block != self.depth:
+            raise RuntimeError(
+                f"attach: the forward of {type(model).__name__} ran {running.block} of "
+                f"{self.depth} blocks, so the prompts were not inserted, or are still there; if "
+                "blocks were replaced, detach and attach again"
+            )
+
+    def follow(self, index: int, x: Tensor) -> None:
+        """Raises if the blocks do not run in their order, each once, on the same tokens x [B, N +
+        P, D]; otherwise prompts would be gated or removed at wrong places. A block that is called
+        outside a forward, or is recomputed for backward, is not checked."""
+        if not _is_checked():
+            return
+        thread = threading.get_ident()
+        running = self._running.get(thread)
+        if index == 0 and (running is None or running.block > 0):  # not the model's own forward
+            running = self._running[thread] = _Running(None)
+        if running is None:
+            return
+        if index != running.block or (index > 0 and x.shape[1] != running.num_tokens):
+            was = f"block {running.block} with {running.num_tokens} tokens"
+            raise RuntimeError(
+                f"attach: blocks must run one after the other on the same tokens, wanted "
+                f"{was if index else f'block {running.block}'}, got block {index} with "
+                f"{x.shape[1]}; if blocks were replaced, detach and attach again"
+            )
+        running.block, running.num_tokens = index + 1, x.shape[1]
+        if index + 1 == self.depth and running.batch is None:
+            del self._running[thread]
 
     def inserted(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N + P, D]."""
         self._tell_what_is_not_tuned("attach")
-        if not torch.compiler.is_compiling() and len(x) != self._batch == x.shape[1]:
+        running = self._running.get(threading.get_ident()) if _is_checked() else None
+        batch = None if running is None else running.batch
+        if len(x) != batch == x.shape[1]:
             shape = list(x.shape if self.batch_dim == 0 else x.transpose(0, 1).shape)
             raise ValueError(
-                f"attach: the first block got {shape}, and the model got a batch of {self._batch}; "
+                f"attach: the first block got {shape}, and the model got a batch of {batch}; "
                 f"batch_dim={self.batch_dim} must be the dimension of the batch"
             )
         if x.shape[1] < self.start:
@@ -75,6 +122,11 @@ class AttachedPrompts(GatedPrompts):
     def removed(self, x: Tensor) -> Tensor:
         """x [B, N + P, D] -> [B, N, D]."""
         return torch.cat([x[:, : self.start], x[:, self.start + self.num_prompts :]], dim=1)
+
+
+def _is_checked() -> bool:
+    """False in compiled code, and while backward recomputes blocks in another order."""
+    return not torch.compiler.is_compiling() and backward_id() < 0
 
 
 class BlockHooks:
@@ -92,9 +144,9 @@ class BlockHooks:
         x, p = self._batch_first(_tokens(args, kwargs, block)), self.prompts
         if self.index == 0:
             x = p.inserted(x)
+        p.follow(self.index, x)
         args, kwargs = _with_tokens(args, kwargs, self._batch_first(x))
-        sizes = (x.shape[1] - p.num_prompts, p.start, p.num_prompts)
-        return _with_wider_masks(args, kwargs, *sizes, self.true_is_masked)
+        return _with_wider_masks(args, kwargs, x, p, self.true_is_masked)
 
     def after(self, block: nn.Module, args, kwargs, out):
         if self.division is not None:
@@ -137,27 +189,36 @@ def _tokens(args, kwargs, block) -> Tensor:
     return x
 
 
-def _with_wider_masks(
-    args, kwargs, num_tokens: int, start: int, num_prompts: int, true_is_masked: bool
-):  # fmt: skip
-    """Lets all tokens attend to the prompts, and the prompts to all tokens, in masks over
-    `num_tokens` tokens: the second argument, or one of the names in _MASKS. (Compiled models of
-    transformers pass one.)"""
+def _with_wider_masks(args, kwargs, x: Tensor, prompts: AttachedPrompts, true_is_masked: bool):
+    """Widens the masks of attention, in the second argument or under one of the names in _MASKS:
+    all tokens attend to the prompts, and the prompts to the tokens to which any token attends.
+    (Compiled models of transformers pass a mask.)
 
-    def wider(mask):
+    A mask is [..., N, N], [..., 1, N] or [B, N], for x [B, N + P, D]. It is boolean, or is added to
+    the scores.
+    """
+    start, num_prompts = prompts.start, prompts.num_prompts
+    num_tokens = x.shape[1] - num_prompts
+
+    def wider(mask, is_of_keys):
         if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[-1] != num_tokens:
             return mask
-        for dim in (-1, -2) if mask.shape[-2] == num_tokens else (-1,):
-            shape = [*mask.shape]
-            shape[dim] = num_prompts
-            # a boolean mask, or one that is added to the scores
-            free = mask.new_full(shape, mask.dtype == torch.bool and not true_is_masked)
-            rest = mask.shape[dim] - start
-            mask = torch.cat([mask.narrow(dim, 0, start), free, mask.narrow(dim, start, rest)], dim)
-        return mask
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(
+                f"attach: a mask must be boolean, or floating to be added, got {mask.dtype}"
+            )
+        is_free = mask.dtype == torch.bool and not true_is_masked
+        free = mask.new_full((*mask.shape[:-1], num_prompts), is_free)
+        mask = torch.cat([mask[..., :start], free, mask[..., start:]], dim=-1)
+        if mask.shape[-2] != num_tokens or (mask.dim() == 2 and is_of_keys):
+            return mask
+        widest = mask.amin if mask.dtype == torch.bool and true_is_masked else mask.amax
+        rows = widest(-2, keepdim=True).expand(*mask.shape[:-2], num_prompts, -1)
+        return torch.cat([mask[..., :start, :], rows, mask[..., start:, :]], dim=-2)
 
-    args = (*args[:1], *map(wider, args[1:2]), *args[2:])
-    return args, {name: wider(t) if name in _MASKS else t for name, t in kwargs.items()}
+    args = (*args[:1], *(wider(t, not true_is_masked) for t in args[1:2]), *args[2:])
+    masks = {n: wider(t, n == "attention_mask") for n, t in kwargs.items() if n in _MASKS}
+    return args, {**kwargs, **masks}
 
 
 def _with_tokens(args, kwargs, x: Tensor):
@@ -189,9 +250,7 @@ def set_hooks(
 def remove_hooks(model: nn.Module) -> None:
     """Undoes `set_hooks`; other hooks stay."""
     for module in model.modules():
-        forward = getattr(vars(module).get("forward"), "func", None)
-        if forward is not None and is_ours(forward):
-            del module.forward
+        remove_forward(module)
         for hooks, *kinds in (
             (
                 module._forward_hooks,
@@ -203,6 +262,15 @@ def remove_hooks(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if _is_of_attach(hook)]:
                 for each in (hooks, *kinds):
                     each.pop(key, None)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """True if `set_hooks` has set hooks on a part of the model."""
+    return any(
+        _is_of_attach(hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 def _is_of_attach(hook) -> bool:

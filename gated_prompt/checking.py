@@ -68,7 +68,8 @@ def check(
         without = [names[i] for i, p in tuned.items() if p.grad is None]
         problems["have no gradient after backward (torch.no_grad or detach on the way?)"] = without
     is_parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if is_parallel:
+    kinds = {type(module).__name__ for module in model.modules()}
+    if is_parallel and "FullyShardedDataParallel" not in kinds:
         whole = {i: p for i, p in tuned.items() if not hasattr(p, "device_mesh")}  # not sharded
         around = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         if around:
@@ -77,8 +78,8 @@ def check(
                 names[i] for i in whole if i not in inside
             ]
         problems[
-            "have other gradients in another process (attached or thawed after DDP was made, or "
-            "outside it?)"
+            "have other gradients in another process (attached or thawed after DDP was made, "
+            "outside it, or under no_sync?)"
         ] = [names[i] for i in _differing(whole)]
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         problems["are in nn.DataParallel, which can't copy hooks; use DDP"] = list(names.values())

@@ -75,7 +75,7 @@ class GatedPrompts(nn.Module):
 
     def _set_parts(self, prompts, deep_prompts, gates, depth, learns_temperature, device, dtype):
         self.depth, self._is_seen = depth, False
-        self._waiting = None if prompts is None else (0, None)  # forwards, version of the prompts
+        self._waiting = None if prompts is None else (0, None)  # forwards, prompts in the first
         self.num_prompts = 0 if prompts is None else len(prompts.tokens)
         self.prompts = None if prompts is None else prompts.to(device, dtype)
         self.deep_prompts = None if deep_prompts is None else deep_prompts.to(device, dtype)
@@ -144,8 +144,8 @@ class GatedPrompts(nn.Module):
                 return
             warnings.warn(
                 f"{who}: this forward in train mode runs under torch.no_grad, so prompts, gates "
-                "and temperatures get no gradient; remove no_grad to tune them, or call "
-                "model.eval() if you only evaluate",
+                "and temperatures get no gradient; remove no_grad to tune them (in checkpointing: "
+                "use_reentrant=False), or call model.eval() if you only evaluate",
                 stacklevel=4,
             )
         elif frozen:
@@ -159,14 +159,13 @@ class GatedPrompts(nn.Module):
 
     def _tell_of_a_missing_optimizer(self, who: str) -> None:
         tokens = self.prompts.tokens
-        count, version = self._waiting
-        version = tokens._version if version is None else version
-        if tokens._version != version or hasattr(tokens, "device_mesh"):
-            self._waiting = None  # they are tuned; of sharded ones this can't be seen
+        count, start = self._waiting
+        if count < _PATIENCE:
+            self._waiting = count + 1, tokens.detach().clone() if start is None else start
             return
-        self._waiting = count + 1, version
-        if count == _PATIENCE and tokens.grad is not None:
-            self._waiting = None
+        self._waiting = None
+        # a gradient that zero_grad has not removed, or one of accumulation
+        if tokens.grad is not None and tokens.shape == start.shape and tokens.equal(start):
             warnings.warn(
                 f"{who}: the prompts have a gradient and have not changed in {_PATIENCE} forwards "
                 "in train mode; are they in the optimizer? gp.check(model, optimizer) says what is "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -41,12 +42,12 @@ class _Divides:
 
     temperatures: Temperatures | float
     index: int
-    _was_used = False
+    _used_in: set[int]  # the threads that have divided queries since `require_used`
 
     def with_temperature(self, function: Callable[[Tensor | float], Tensor]):
         """function(temperature)."""
         if not torch.compiler.is_compiling():
-            vars(self)["_was_used"] = True
+            self._used_in.add(threading.get_ident())
         if isinstance(self.temperatures, float):
             return function(self.temperatures)
         return self.temperatures(self.index, function)
@@ -63,8 +64,10 @@ class _Divides:
         compiled can't tell."""
         if torch.compiler.is_compiling():
             return
-        was_used, vars(self)["_was_used"] = self._was_used, False
-        if not was_used and not any(map(_is_compiled, block.modules())):
+        thread = threading.get_ident()
+        if thread in self._used_in:
+            self._used_in.discard(thread)
+        elif not any(map(is_compiled, block.modules())):
             raise RuntimeError(
                 f"the attention of block {self.index} has not divided its queries by the "
                 "temperature, because it does not call the module that divides them (or it was "
@@ -72,7 +75,8 @@ class _Divides:
             )
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """True if torch.compile, or module.compile(), has compiled the module."""
     return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
 
 
@@ -91,7 +95,7 @@ class Tempering(_Divides, nn.Module):
     def __init__(self, attn: nn.Module, temperatures: Temperatures | float, index: int):
         super().__init__()
         # not setattr, which would register the modules as children of this one
-        vars(self).update(attn=None, temperatures=temperatures, index=index)
+        vars(self).update(attn=None, temperatures=temperatures, index=index, _used_in=set())
         self.norm = None
         self.follow(attn, temperatures)
 
@@ -189,7 +193,7 @@ class QueryDivision(_Divides):
     """
 
     def __init__(self, block: nn.Module, path: str, temperatures: Temperatures | float, index: int):
-        self.path, self.temperatures, self.index = path, temperatures, index
+        self.path, self.temperatures, self.index, self._used_in = path, temperatures, index, set()
         self.follow(block)
 
     def follow(self, block: nn.Module) -> None:
@@ -204,6 +208,11 @@ class QueryDivision(_Divides):
             )
         self.leave(block)
         if isinstance(module, nn.MultiheadAttention):
+            if "forward" in vars(module):
+                raise RuntimeError(
+                    f"attach: the forward of {self.path!r} in block {self.index} was replaced, "
+                    "which a temperature replaces too; attach before, or use temperature=False"
+                )
             module.forward = functools.partial(_forward_of_multihead, module, self)
         else:
             module.register_forward_hook(self.after_projection)
@@ -215,7 +224,7 @@ class QueryDivision(_Divides):
                 for key in [k for k, h in module._forward_hooks.items() if self._owns(h)]:
                     del module._forward_hooks[key]
                 if _forward_of(module, self):
-                    del module.forward
+                    remove_forward(module)
 
     def _is_on(self, module: nn.Module) -> bool:
         return _forward_of(module, self) or any(map(self._owns, module._forward_hooks.values()))
@@ -224,18 +233,33 @@ class QueryDivision(_Divides):
         return getattr(hook, "__self__", None) is self
 
     def after_projection(self, module: nn.Module, args, out: Tensor) -> Tensor:
-        is_fused = out.shape[-1] == 3 * args[0].shape[-1]
-        if "qkv" in self.path and not is_fused:
+        sizes = [t.shape[-1] if isinstance(t, Tensor) else 0 for t in (args[0], out)]
+        if 0 in sizes or sizes[1] not in (sizes[0], 3 * sizes[0]):
             raise ValueError(
-                f"attach: the output of {self.path!r} must have queries, keys and values of one "
-                f"size, got {list(out.shape)} from {list(args[0].shape)}; use temperature=False"
+                f"attach: {self.path!r} of block {self.index} must map D to D (queries) or 3 D "
+                f"(queries, keys and values), got {sizes[0]} to {sizes[1]}; use temperature=False"
             )
-        return self.divided_first_third(out) if is_fused else self.divided(out)
+        return self.divided(out) if sizes[0] == sizes[1] else self.divided_first_third(out)
+
+
+_FORWARDS = ("forward", "_old_forward")  # accelerate moves a forward to the second name
 
 
 def _forward_of(module: nn.Module, division: QueryDivision) -> bool:
-    own = vars(module).get("forward")
-    return getattr(own, "func", None) is _forward_of_multihead and own.args[1] is division
+    own = [vars(module).get(name) for name in _FORWARDS]
+    own = [f for f in own if getattr(f, "func", None) is _forward_of_multihead]
+    return any(forward.args[1] is division for forward in own)
+
+
+def remove_forward(module: nn.Module) -> None:
+    """Removes the forward that `QueryDivision` has set on a module, if there is one."""
+    for name in _FORWARDS:
+        own = vars(module).get(name)
+        if getattr(own, "func", None) is _forward_of_multihead:
+            if name == "forward":
+                del module.forward
+            else:  # below a hook of accelerate
+                setattr(module, name, functools.partial(type(module).forward, module))
 
 
 def _forward_of_multihead(

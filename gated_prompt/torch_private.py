@@ -4,8 +4,8 @@
 No other file of the package imports a private name of torch. If a later torch lacks one of them,
 the package takes a slower path that is always correct, and no import fails.
 tests/test_torch_private.py deletes the names one by one. A few private attributes have no fallback,
-since all of torch relies on them: Tensor._is_view and _base, and the dictionaries of parameters,
-buffers, modules and hooks of Module.
+since all of torch relies on them: Tensor._is_view and _base, the dictionaries of parameters,
+buffers, modules and hooks of Module, and its _compiled_call_impl.
 """
 
 import functools
@@ -30,6 +30,9 @@ NAMES = {
     # True if torch.autograd.grad(is_grads_batched=True) maps the backward. Missing: assume not;
     # torch then raises an error, since it can't map the kernel's op
     "_C._functorch.is_legacy_batchedtensor": lambda tensor: False,
+    # the number of the backward that runs, or -1. Missing: assume that one runs; attach then does
+    # not check the order of the blocks
+    "_C._current_graph_task_id": lambda: 0,
     # the number of Python modes that see each op. Missing: assume one; gradients are copied
     "_C._len_torch_dispatch_stack": lambda: 1,
     # the use counts of a storage and of a tensor. Missing: gradients are copied
@@ -49,6 +52,7 @@ _found = {path.rpartition(".")[2]: _find(path, missing) for path, missing in NAM
 
 interpreter_stack = _found["peek_interpreter_stack"]
 is_mapped = _found["is_legacy_batchedtensor"]
+backward_id = _found["_current_graph_task_id"]
 dispatch_modes = _found["_len_torch_dispatch_stack"]
 storage_uses, storage_address = _found["_storage_Use_Count"], _found["_storage_address"]
 tensor_uses = _found["_use_count"]

@@ -4,7 +4,9 @@
 `make neighbours` runs this file with the packages that are missing elsewhere.
 """
 
+import concurrent.futures
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -250,6 +252,47 @@ def test_training_resumes_from_state_dicts_and_an_ema_follows(name):
     assert (logits(whole[2].module, x) - logits(whole[0], x)).abs().max() > 1e-6
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x, attention_mask=None):
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, 2))
+        return x + F.scaled_dot_product_attention(q, k, v, attention_mask).squeeze(1)
+
+
+@pytest.mark.parametrize("form", ["rows", "one row", "added"])
+def test_padding_stays_hidden_behind_the_prompts(form):
+    """The last two of five tokens are masked for all: what is in them must not reach the others,
+    through the prompts neither. True attends."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([Masked() for _ in range(3)]).double()
+    gp.attach(model, num_prompts=3, blocks="layers", query="qkv", head=False).double()
+    for gate in model.gated_prompts.gates:
+        nn.init.ones_(gate.logit)
+    mask = torch.ones(2, 1, 1 if form == "one row" else 5, 5, dtype=torch.bool)
+    mask[..., 3:] = False
+    if form == "added":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+
+    def run(x, mask):
+        for layer in model.layers:
+            x = layer(x, attention_mask=mask)
+        return x
+
+    model.eval()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    changed = torch.cat([x[:, :3], x[:, 3:] + 1], dim=1)
+    got = run(x, mask)
+    assert torch.equal(run(changed, mask)[:, :3], got[:, :3])
+    assert (run(x, None)[:, :3] - got[:, :3]).abs().max() > 1e-3
+    got.sum().backward()
+    assert model.gated_prompts.prompts.tokens.grad.abs().max() > 1e-3
+    with pytest.raises(TypeError, match=r"a mask must be boolean, .* got torch\.int64"):
+        run(x, torch.ones(2, 5, dtype=torch.int64))
+
+
 # ---- what is refused ----
 
 
@@ -271,7 +314,48 @@ def with_layers(*layers):
     return model
 
 
-OWN = {"blocks": "encoder.layers", "query": "attention.to_qkv"}
+def compiled_block():
+    model = STACKS["DINO"].model()
+    model.blocks[1].compile(backend="eager")
+    return model
+
+
+def block_twice():
+    model = STACKS["DINO"].model()
+    model.blocks[2] = model.blocks[0]
+    return model
+
+
+def named_like_ours():
+    model = STACKS["DINO"].model()
+    model.gated_prompts = nn.Linear(2, 2)
+    return model
+
+
+def own_multihead():
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = STACKS["torchvision"].model()
+    for block in model.encoder.layers:
+        block.self_attention = Own(16, 2, batch_first=True).double()
+    return model
+
+
+def patched_multihead():
+    model = STACKS["torchvision"].model()
+    attention = model.encoder.layers[1].self_attention
+    attention.forward = functools.partial(type(attention).forward, attention)
+    return model
+
+
+def outer_attached():
+    outer = nn.Module()
+    outer.visual = STACKS["DINO"].model()
+    return gp.attach(outer, num_prompts=3, head=False)
+
+
 REFUSED = {
     "method": ("DINO", {"method": "linear"}, ValueError, "method must be one of"),
     "gate": ("DINO", {"gate": "both"}, ValueError, "gate must be one of"),
@@ -297,15 +381,27 @@ REFUSED = {
         "before q_norm normalises them",
     ),
     "cross attention": (
-        lambda: with_layers(nn.MultiheadAttention(16, 2, kdim=8)),
+        lambda: with_layers(nn.MultiheadAttention(16, 2, kdim=8, batch_first=True)),
         {"blocks": "layers", "query": ""}, ValueError, "must be self-attention",
     ),
     "one deep block": (
-        lambda: with_layers(nn.TransformerEncoderLayer(16, 2)),
+        lambda: with_layers(nn.TransformerEncoderLayer(16, 2, batch_first=True)),
         {"blocks": "layers", "method": "vpt-deep"}, ValueError, "at least 2 blocks, got 1",
     ),
     "meta": (lambda: STACKS["DINO"].model().to("meta"), {}, RuntimeError, "meta device"),
-    "compiled": (lambda: torch.compile(STACKS["DINO"].model()), {}, TypeError, "compiled model"),
+    "compiled": (lambda: torch.compile(STACKS["DINO"].model()), {}, TypeError, "is compiled"),
+    "compiled block": (compiled_block, {}, TypeError, "a part of it is compiled"),
+    "twice": (block_twice, {}, ValueError, "each block must be another module"),
+    "Sequential": (
+        lambda: nn.Sequential(STACKS["DINO"].model()), {}, TypeError, "must not be a Sequential",
+    ),
+    "name is taken": (named_like_ours, {}, RuntimeError, "has an attribute 'gated_prompts'"),
+    "batch_dim of CLIP": ("CLIP", {}, ValueError, r"must be 1 .* got 0"),
+    "batch_dim of torchvision": ("torchvision", {"batch_dim": 1}, ValueError, "must be 0 .* got 1"),
+    "own multihead": (own_multihead, {}, ValueError, "'self_attention' has its own forward"),
+    "patched multihead": (patched_multihead, {}, ValueError, "has its own forward"),
+    "part": (lambda: outer_attached().visual, {}, RuntimeError, "has gated prompts already"),
+
 }  # fmt: skip
 
 
@@ -318,7 +414,6 @@ def test_what_attach_refuses_leaves_the_model_as_it_was(case):
         gp.attach(model, **options)
     now = [p.requires_grad for p in model.parameters()], hooks_of(model), list(model.children())
     assert now == before
-    assert not any("forward" in vars(m) for m in model.modules() if not hasattr(m, "_orig_mod"))
 
 
 def test_a_query_that_no_block_calls_is_told():
@@ -356,8 +451,109 @@ def test_sizes_that_do_not_fit_are_told():
         model(images())
     model = attached("DINO")
     model.blocks[0].attn.qkv = nn.Linear(16, 32).double()  # grouped queries
-    with pytest.raises(ValueError, match=r"output of 'attn.qkv' must have queries, keys and valu"):
+    with pytest.raises(ValueError, match=r"'attn.qkv' of block 0 must map D to D .* got 16 to 32"):
         model(images())
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = STACKS["own"].model()
+
+    def forward(self, images):
+        x = self.inner.patch_embed(images).transpose(0, 1)
+        for layer in self.inner.encoder.layers:
+            x = layer(x.transpose(0, 1)).transpose(0, 1) if layer is None else layer(x)
+        return self.inner.classifier(x.mean(0))
+
+
+def test_a_wrong_batch_dim_is_told_in_the_first_forward():
+    options = {"blocks": "inner.encoder.layers", "temperature": False, "head": False}
+    model = gp.attach(SequenceFirst(), "vpt-shallow", num_prompts=3, **options).double()
+    with pytest.raises(ValueError, match=r"first block got \[4, 3, 16\].*batch_dim=0 must be"):
+        model(images())
+
+
+def replace_first(model):
+    model.blocks[0] = copy.deepcopy(STACKS["DINO"].model().blocks[0])
+
+
+def replace_last(model):
+    model.blocks[2] = copy.deepcopy(STACKS["DINO"].model().blocks[2])
+
+
+def shorten(model):
+    model.blocks = model.blocks[:2]
+
+
+def swap(model):
+    model.blocks = nn.ModuleList([model.blocks[i] for i in (0, 2, 1)])
+
+
+def run_twice(model):
+    model.blocks = nn.ModuleList([block for block in model.blocks for _ in range(2)])
+
+
+def drop_a_token(model):
+    forward = model.blocks[1].forward
+    model.blocks[0].register_forward_hook(lambda m, args, out: out[:, 1:])
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change", [replace_first, replace_last, shorten, swap, run_twice, drop_a_token]
+)
+def test_blocks_that_do_not_run_one_after_the_other_are_told(change):
+    model, x = attached("DINO"), images()
+    wanted = model(x)
+    change(model)
+    with pytest.raises(
+        RuntimeError, match=r"attach: (blocks must run one|the forward of Dino ran)"
+    ):
+        model(x)
+    other = attached("DINO")
+    broken = other.blocks[1].forward
+    other.blocks[1].forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        other(x)
+    other.blocks[1].forward = broken
+    assert torch.equal(other(x), wanted)  # nothing is left of the forward that failed
+
+
+def test_threads_share_a_model():
+    model, x = attached("DINO"), images()
+    with torch.no_grad():
+        wanted = model(x)
+
+        def run(_):
+            with torch.no_grad():
+                return all(torch.equal(model(x), wanted) for _ in range(30))
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, range(4)))
+
+
+def test_a_detached_multihead_attention_is_as_before_under_accelerate():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = attached("torchvision"), images()
+    wanted = model(x)
+    attention = model.encoder.layers[1].self_attention
+    hooks.add_hook_to_module(attention, hooks.ModelHook())
+    assert torch.equal(model(x), wanted)
+    gp.detach(model)
+    without = model(x)
+    hooks.remove_hook_from_module(attention)
+    assert torch.equal(model(x), without)
+    assert not (without - wanted).abs().max() < 1e-6
+
+
+def test_two_models_of_transformers_may_share_a_config():
+    transformers = pytest.importorskip("transformers")
+    first = STACKS["HF ViT"].model()
+    second = transformers.ViTForImageClassification(first.config)
+    gp.attach(first, num_prompts=3, rule="residual")
+    assert not hasattr(second.config, "gated_prompts")
+    assert first.config.gated_prompts["rule"] == "residual"
 
 
 @pytest.mark.parametrize("change", [{"need_weights": True}, {"attn_mask": torch.zeros(8, 8)}])

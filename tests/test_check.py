@@ -313,6 +313,8 @@ def test_heads_are_new_kept_or_given(tmp_path):
     model.reset_classifier(9)
     assert torch.allclose(model.head.bias, torch.full((9,), -4.59512, dtype=torch.float64))
     gp.unwrap(model)
+    with pytest.raises(ValueError, match="wrap: head must not share parameters with vit"):
+        gp.wrap(backbone, head=backbone.head)
     with pytest.raises(ValueError, match="wrap: head must be 'new', 'vpt', 'keep' or a module"):
         gp.wrap(backbone, head="old")
     gp.wrap(vit(), num_prompts=3, head="keep").save_tuned(tmp_path)

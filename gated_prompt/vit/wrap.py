@@ -14,8 +14,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from gated_prompt.block_hooks import has_hooks
 from gated_prompt.prompting import (
-    GatedPrompts,
     dropout_of,
     make_prompts,
     warn_of_frozen_adapters,
@@ -132,6 +132,13 @@ def wrap(
     check_backbone(vit)
     if not isinstance(head, nn.Module) and head not in (*HEAD_INITS, "keep"):
         raise ValueError(f"wrap: head must be 'new', 'vpt', 'keep' or a module, got {head!r}")
+    if isinstance(head, nn.Module):
+        own = {id(parameter) for parameter in vit.parameters()}
+        if not own.isdisjoint(map(id, head.parameters())):
+            raise ValueError(
+                "wrap: head must not share parameters with vit, which is frozen, got "
+                f"{type(head).__name__} with some; head='keep' copies vit.head"
+            )
     options = WrapOptions(
         method=method,
         num_prompts=num_prompts,
@@ -238,7 +245,7 @@ def check_backbone(vit) -> None:
         )
     if is_wrapped(vit):
         raise RuntimeError("wrap: vit is wrapped already; call unwrap(vit) first")
-    if any(isinstance(module, GatedPrompts) for module in vit.modules()):
+    if has_hooks(vit):
         raise RuntimeError("wrap: vit has gated prompts from attach; call detach(vit) first")
     patched = patched_methods(vit)
     for module in callable_parts(vit):
