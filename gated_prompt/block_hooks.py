@@ -71,7 +71,12 @@ class AttachedPrompts(GatedPrompts):
         if not _is_checked():
             return
         running = self._running.pop(threading.get_ident(), None)
-        if running is not None and out is not None and running.block != self.depth:
+        if running is None or out is None:  # out is None after an exception
+            return
+        has_begun = (
+            running.batch is not None or running.block > 0
+        )  # not so for a text without image
+        if has_begun and running.block != self.depth:
             raise RuntimeError(
                 f"attach: the forward of {type(model).__name__} ran {running.block} of "
                 f"{self.depth} blocks, so the prompts were not inserted, or are still there; if "

@@ -520,6 +520,23 @@ def test_blocks_that_do_not_run_one_after_the_other_are_told(change):
     assert torch.equal(other(x), wanted)  # nothing is left of the forward that failed
 
 
+def test_a_forward_without_images_is_not_about_the_prompts():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual, self.text = STACKS["DINO"].model(), nn.Linear(4, 4).double()
+
+        def forward(self, images=None, text=None):
+            return self.text(text) if images is None else self.visual(images)
+
+    model = gp.attach(Pair(), num_prompts=3, blocks="visual.blocks", head=False).double()
+    assert model(text=torch.ones(2, 4).double()).shape == (2, 4)
+    assert model(images()).shape == (3, 4)
+    model.visual.blocks = nn.ModuleList()
+    with pytest.raises(RuntimeError, match="the forward of Pair ran 0 of 3 blocks"):
+        model(images())
+
+
 def test_threads_share_a_model():
     model, x = attached("DINO"), images()
     with torch.no_grad():
