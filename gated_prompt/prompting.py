@@ -14,6 +14,7 @@ from gated_prompt.functional import prompt_gate, prompt_gate_
 from gated_prompt.modules import DeepPromptTokens, PromptGate, PromptTokens
 from gated_prompt.temperature import TEMPERATURE_RANGE
 from gated_prompt.tempering import Temperatures
+from gated_prompt.torch_private import dispatch_modes
 from gated_prompt.traced import is_traced
 
 torch.fx.wrap("prompt_gate")  # torch.fx records calls of it and does not trace into it
@@ -75,7 +76,7 @@ class GatedPrompts(nn.Module):
 
     def _set_parts(self, prompts, deep_prompts, gates, depth, learns_temperature, device, dtype):
         self.depth, self._is_seen = depth, False
-        self._waiting = None if prompts is None else (0, None)  # forwards, prompts in the first
+        self._waiting = None if prompts is None else (0, None)  # forwards, hash in the first
         self.num_prompts = 0 if prompts is None else len(prompts.tokens)
         self.prompts = None if prompts is None else prompts.to(device, dtype)
         self.deep_prompts = None if deep_prompts is None else deep_prompts.to(device, dtype)
@@ -160,12 +161,18 @@ class GatedPrompts(nn.Module):
     def _tell_of_a_missing_optimizer(self, who: str) -> None:
         tokens = self.prompts.tokens
         count, start = self._waiting
-        if count < _PATIENCE:
-            self._waiting = count + 1, tokens.detach().clone() if start is None else start
+        if 0 < count < _PATIENCE:
+            self._waiting = count + 1, start
             return
-        self._waiting = None
+        is_capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_sharded = hasattr(tokens, "device_mesh")
+        if is_capturing or is_sharded or tokens.is_meta or is_traced(tokens) or dispatch_modes():
+            self._waiting = None  # the values can't be read here
+            return
+        now = hash(tuple(tokens.detach().flatten().tolist()))  # a copy would stay in memory
+        self._waiting = (1, now) if count == 0 else None
         # a gradient that zero_grad has not removed, or one of accumulation
-        if tokens.grad is not None and tokens.shape == start.shape and tokens.equal(start):
+        if count > 0 and tokens.grad is not None and now == start:
             warnings.warn(
                 f"{who}: the prompts have a gradient and have not changed in {_PATIENCE} forwards "
                 "in train mode; are they in the optimizer? gp.check(model, optimizer) says what is "
