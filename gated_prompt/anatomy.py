@@ -40,7 +40,7 @@ def blocks_of(model: nn.Module, name: str | None) -> list[nn.Module]:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
-            kinds = {_kind(block) for block in module}
+            kinds = {type(block).__name__ for block in module}
             if kinds <= BLOCKS.keys():
                 found[path] = module
     if len(found) == 1:
@@ -55,10 +55,6 @@ def blocks_of(model: nn.Module, name: str | None) -> list[nn.Module]:
     )
 
 
-def _kind(block: nn.Module) -> str:
-    return type(getattr(block, "_orig_mod", block)).__name__
-
-
 def query_of(block: nn.Module, name: str | None) -> str:
     """The name, in the block, of the module that projects the queries: `name`, or the only one of a
     known kind."""
@@ -67,9 +63,10 @@ def query_of(block: nn.Module, name: str | None) -> str:
         named = dict(block.named_modules())
         found = [n for n, m in named.items() if isinstance(m, nn.MultiheadAttention)]
         found = found or [n for n in named if n.rpartition(".")[2] in _QUERIES]
-        if len(found) != 1 or _kind(block) not in BLOCKS:
+        kind = type(block).__name__
+        if len(found) != 1 or kind not in BLOCKS:
             raise ValueError(
-                f"attach: the queries of {_kind(block)} must be known for a temperature, got "
+                f"attach: the queries of {kind} must be known for a temperature, got "
                 f"{found or 'no'} candidates in a block of this class; {advice}"
             )
         (name,) = found

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gated_prompt.anatomy import blocks_of, dim_of, head_of, query_of
-from gated_prompt.block_hooks import AttachedPrompts, has_hooks, remove_hooks, set_hooks
+from gated_prompt.block_hooks import AttachedPrompts, has_hooks, set_hooks, unset_hooks
 from gated_prompt.checks import RULES
 from gated_prompt.modules import GATES
 from gated_prompt.prompting import (
@@ -25,7 +25,7 @@ from gated_prompt.prompting import (
     warn_of_frozen_adapters,
 )
 from gated_prompt.temperature import TEMPERATURE_RANGE
-from gated_prompt.tempering import is_compiled
+from gated_prompt.tempering import is_compiled, is_one
 
 NAME = "gated_prompts"  # of the module that attach adds to the model
 
@@ -122,8 +122,7 @@ def attach(
         raise ValueError(f"attach: num_prompts must be at least 1, got {num_prompts}")
     if method.endswith("-deep") and depth < 2:
         raise ValueError(f"attach: method {method!r} needs at least 2 blocks, got {depth}")
-    is_one = temperature is not True and float(temperature or 1.0) == 1.0
-    queries = [None if is_one else query_of(block, query) for block in layers]
+    queries = [None if is_one(temperature) else query_of(block, query) for block in layers]
     first = next(layers[0].parameters())
     patch = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     parts = make_prompts(
@@ -193,7 +192,7 @@ def detach(model: nn.Module) -> nn.Module:
     delattr(model, NAME)
     if hasattr(getattr(model, "config", None), NAME):
         delattr(model.config, NAME)
-    remove_hooks(model)
+    unset_hooks(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prompts._required_grad.get(name, parameter.requires_grad))
     return model

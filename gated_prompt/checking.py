@@ -82,7 +82,9 @@ def check(
             "outside it, or under no_sync?)"
         ] = [names[i] for i in _differing(whole)]
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        problems["are in nn.DataParallel, which can't copy hooks; use DDP"] = list(names.values())
+        problems["are in nn.DataParallel, which can't copy hooks; use DDP"] = [
+            names[i] for i in tuned
+        ]
     problems["are copies by PEFT's modules_to_save, which no block uses"] = [
         names[i] for i in added if ".modules_to_save." in names[i]
     ]

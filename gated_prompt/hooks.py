@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Can other code see, keep or change what a module returns?"""
+"""Hooks of modules: can other code see, keep or change what a module returns? And their removal."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,10 +26,23 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_ours(hook) -> bool:
-    """True if a hook or a forward was set by this package."""
-    owner = getattr(hook, "__self__", None)
-    module = getattr(hook, "__module__", None) if owner is None else type(owner).__module__
-    return (module or "").startswith("gated_prompt.")
+    """True if a hook was set by this package: our hooks are bound methods."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("gated_prompt.")
+
+
+def remove_hooks(module: nn.Module, is_mine: Callable[[Callable], bool]) -> None:
+    """Removes the forward hooks and pre-hooks of a module for which is_mine(hook) is True."""
+    for hooks, *kinds in (
+        (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        ),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if is_mine(hook)]:
+            for each in (hooks, *kinds):
+                each.pop(key, None)
 
 
 def is_observed(x) -> bool:

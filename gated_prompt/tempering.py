@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gated_prompt.hooks import remove_hooks
 from gated_prompt.temperature import tempered
 
 torch.fx.wrap("tempered")  # a symbolic trace records the call and does not trace into it
@@ -35,6 +36,11 @@ class Temperatures(nn.Module):
         """function(temperature `index`). This is a call of the module that owns the parameter,
         because tools that shard or offload parameters bring them in at such calls."""
         return function(getattr(self, str(index)))
+
+
+def is_one(temperature: bool | float) -> bool:
+    """True for the constant temperature 1, as 1.0 or as False; True means a learned one."""
+    return temperature is not True and float(temperature or 1.0) == 1.0
 
 
 class _Divides:
@@ -148,9 +154,7 @@ class Tempering(_Divides, nn.Module):
             return
         self.attn.q_norm = self.norm
         for module in self.attn.modules():
-            hooks = module._forward_hooks
-            for key in [key for key, hook in hooks.items() if hook == self.after_projection]:
-                del hooks[key]
+            remove_hooks(module, lambda hook: hook == self.after_projection)
         for kind in _HOOKS:
             getattr(self.norm, kind).update(getattr(self, kind))
             getattr(self, kind).clear()
@@ -220,11 +224,9 @@ class QueryDivision(_Divides):
     def leave(self, block: nn.Module) -> None:
         """Removes the hooks and the forward that this object has set in the block."""
         for module in block.modules():
-            if self._is_on(module):
-                for key in [k for k, h in module._forward_hooks.items() if self._owns(h)]:
-                    del module._forward_hooks[key]
-                if _forward_of(module, self):
-                    remove_forward(module)
+            remove_hooks(module, self._owns)
+            if _forward_of(module, self):
+                remove_forward(module)
 
     def _is_on(self, module: nn.Module) -> bool:
         return _forward_of(module, self) or any(map(self._owns, module._forward_hooks.values()))

@@ -14,6 +14,7 @@ from gated_prompt.checks import DTYPES, RULES
 from gated_prompt.modules import GATES, POSITIONS, PROMPT_INITS
 from gated_prompt.prompting import number_of_gates
 from gated_prompt.temperature import BACKENDS, TEMPERATURE_RANGE, unavailable_reason
+from gated_prompt.tempering import is_one
 from gated_prompt.vit.prompt_init import DATA_INITS
 from gated_prompt.vit.shortcuts import ATTENTIONS, PRE_NORM_BLOCKS, attention_of, uncompiled
 
@@ -94,8 +95,7 @@ class WrapOptions:
     @property
     def has_temperature(self) -> bool:
         """True if a block's attention is divided by a temperature other than the constant 1."""
-        is_one = self.temperature is not True and float(self.temperature or 1.0) == 1.0
-        return self.method.startswith("gpt") and not is_one
+        return self.method.startswith("gpt") and not is_one(self.temperature)
 
     @property
     def tuned_blocks(self) -> int:

@@ -83,7 +83,8 @@ def _check_any_model(who: str, model) -> None:
 
 
 def check_model(who: str, model) -> None:
-    if isinstance(getattr(model, NAME, None), GatedPrompts):
+    is_compiled = hasattr(model, "_orig_mod")
+    if not is_compiled and isinstance(getattr(model, NAME, None), GatedPrompts):
         raise TypeError(
             f"{who}: model must be what wrap returned, got one with prompts from attach; save its "
             "state_dict() or tuned_state_dict(model); load_attached and load_tuned_state_dict load "
@@ -105,10 +106,9 @@ def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
     `gated_prompts` of an attached one.
     """
     parts = [n for n, module in model.named_modules() if isinstance(module, GatedPrompts)]
-    tuned = {}
+    is_wrapped, tuned = isinstance(model, GatedPromptViT), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = name.rpartition(".")
-        is_wrapped = isinstance(model, GatedPromptViT)
         is_inside = not is_wrapped and any(name.startswith(f"{part}.") for part in parts)
         if name.startswith("backbone.") if is_wrapped else not is_inside:
             is_ours = (
