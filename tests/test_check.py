@@ -105,6 +105,8 @@ def test_check_is_silent_if_all_is_well(kind):
     words = gp.check(torch.compile(model), optimizer)
     assert words.startswith("tuned: 6 parameters of prompts, gates and temperatures, and ")
     assert "head; frozen: " in words
+    frozen = sum(not p.requires_grad for p in model.parameters())
+    assert words.endswith(f"frozen: {frozen} parameters")
     decayed = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
     with pytest.warns(UserWarning, match=r"check: gates.0.logit, gates.1.logit, temperatures\.0, "):
         gp.check(model, decayed)
