@@ -6,7 +6,6 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import timm_or_skip
 from stacks import SIDE, STACKS, logits
 from test_attach import attached
 from torch.nn.parallel import DistributedDataParallel
@@ -104,7 +103,7 @@ def message_of(model):
 
 
 def test_two_processes_tune_as_one(tmp_path):
-    timm_or_skip()
+    pytest.importorskip("timm")
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=2)
     (ends, words), (others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(ends) >= 5
