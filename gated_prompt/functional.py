@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gated_prompt.autograd import PromptGateFunction, PromptGateLinearFunction, linear_logit
+from gated_prompt.autograd import PromptGateFunction, PromptGateLinearFunction
 from gated_prompt.checks import checked, require_storage, require_writable
 from gated_prompt.ops import require_kernels
-from gated_prompt.traced import gated_rows, is_traced, traced_result, traced_rows, with_rows
+from gated_prompt.traced import is_traced, traced_gate, traced_gate_
 
 MIX = {"mix": True, "residual": False}  # rule: the value of the flag `mix` of the raw ops
 
@@ -71,8 +71,7 @@ def prompt_gate(
         "prompt_gate", block_out, block_in, start, length, rule, gate_logit=gate_logit
     )
     if is_traced(block_out, block_in, gate_logit):
-        new = gated_rows(block_out[:, start : start + length], rows, gate_logit, rule)
-        return with_rows(block_out, new, start, length)
+        return traced_gate(block_out, block_in, rows, (gate_logit,), start, length, rule)
     block_out = _own_copy("prompt_gate", block_out)
     return _apply("prompt_gate", block_out, rows, None, (gate_logit,), start, length, rule)
 
@@ -122,9 +121,8 @@ def prompt_gate_(
         "prompt_gate_", block_out, block_in, start, length, rule, carrier, gate_logit=gate_logit
     )
     if is_traced(block_out, block_in, gate_logit):
-        h, rows, target = traced_rows(block_out, rows, carrier, start, length)
-        target.copy_(gated_rows(h, rows, gate_logit, rule))
-        return traced_result(block_out, carrier, start, length)
+        gate = (gate_logit,)
+        return traced_gate_(block_out, block_in, rows, carrier, gate, start, length, rule)
     require_writable("prompt_gate_", block_out, rows, carrier, gate_logit=gate_logit)
     return _apply("prompt_gate_", block_out, rows, carrier, (gate_logit,), start, length, rule)
 
@@ -179,9 +177,7 @@ def prompt_gate_linear(
         "prompt_gate_linear", block_out, block_in, start, length, rule, weight=weight, bias=bias
     )
     if is_traced(block_out, block_in, weight, bias):
-        h = block_out[:, start : start + length]
-        new = gated_rows(h, rows, linear_logit(h, weight, bias), rule)
-        return with_rows(block_out, new, start, length)
+        return traced_gate(block_out, block_in, rows, (weight, bias), start, length, rule)
     block_out = _own_copy("prompt_gate_linear", block_out)
     return _apply("prompt_gate_linear", block_out, rows, None, (weight, bias), start, length, rule)
 
@@ -211,9 +207,8 @@ def prompt_gate_linear_(
         op, block_out, block_in, start, length, rule, carrier, weight=weight, bias=bias
     )
     if is_traced(block_out, block_in, weight, bias):
-        h, rows, target = traced_rows(block_out, rows, carrier, start, length)
-        target.copy_(gated_rows(h, rows, linear_logit(h, weight, bias), rule))
-        return traced_result(block_out, carrier, start, length)
+        gate = (weight, bias)
+        return traced_gate_(block_out, block_in, rows, carrier, gate, start, length, rule)
     require_writable(op, block_out, rows, carrier, weight=weight, bias=bias)
     return _apply(op, block_out, rows, carrier, (weight, bias), start, length, rule)
 

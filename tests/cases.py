@@ -137,6 +137,7 @@ class Case:
     in_form: str = "sequence"
     inplace: bool = False
     device: torch.device | str = "cpu"
+    compiled: str = ""  # a backend of torch.compile, or "" for eager
     gate: str = "scalar"
     bias: bool = True  # of a linear gate
     gate_layout: str = "contiguous"
@@ -279,10 +280,12 @@ def _call(case, leaves, target):
     """Returns (block_out,) or (block_out, carrier) after the op; in place, in `target`."""
     gate = [leaves.get(name) for name in case.names[2:-1]]
     where = (case.start, case.length, case.rule)
+    op = getattr(gp, case.op_name + ("_" if case.inplace else ""))
+    if case.compiled:
+        torch._dynamo.reset()
+        op = torch.compile(op, fullgraph=True, backend=case.compiled)
     if not case.inplace:
-        op = getattr(gp, case.op_name)
         return (op(leaves["block_out"], leaves["block_in"], *gate, *where),)
-    op = getattr(gp, case.op_name + "_")
     block_out, x = _Into.apply(leaves["block_out"], target), leaves["block_in"]
     version = block_out._version
     if case.in_form == "carrier":

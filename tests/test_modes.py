@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -12,7 +13,16 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import GATES as SHAPES
-from cases import LINEAR_GATES, RULES, Case, run_op, same_bits
+from cases import (
+    LINEAR_GATES,
+    RULES,
+    Case,
+    all_pairs,
+    case_of,
+    check_against_reference,
+    run_op,
+    same_bits,
+)
 from conftest import timm_or_skip
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -169,6 +179,66 @@ def test_at_most_two_recompilations_for_twenty_sizes(gate, dynamic, varies):
             got, wanted = (f(*tensors, length=length) for f in (compiled, function))
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     assert counter.frame_count <= 3
+
+
+def as_traced(case):
+    """Without what a traced gate does not promise: a gradient for a carrier, and GEMMs in backward
+    that autocast does not round (docs/prompt_gate.md)."""
+    autocast = case.autocast and case.gate != "linear"
+    return dataclasses.replace(case, compiled="aot_eager", autocast=autocast)
+
+
+TRACED = [case for case in map(case_of, all_pairs()) if case.in_form != "carrier"]
+
+
+@pytest.mark.parametrize("case", TRACED[::3], ids=str)
+def test_traced_cases_keep_the_tolerance_rule(device, case):
+    """Layouts, dtypes, shapes, values and subsets of gradients, as for the kernels."""
+    check_against_reference(dataclasses.replace(as_traced(case), device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_code_of_inductor_keeps_the_tolerance_rule(device, gate, dtype):
+    # an odd D, and prompts at the end
+    size = {"batch": 3, "num_tokens": 9, "dim": 67, "start": -4, "length": 4}
+    for rule, inplace in zip(RULES, (False, True), strict=True):
+        case = Case(**size, gate=gate, rule=rule, dtype=dtype, inplace=inplace, device=device)
+        check_against_reference(dataclasses.replace(case, compiled="inductor"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gate", GATES)
+def test_compiled_gate_keeps_only_prompt_rows(gate, rule):
+    """For backward: one [B, P, D] tensor, and for a linear gate the rows of h and the logit. A view
+    of rows of h would keep all of h."""
+    torch._dynamo.reset()
+    a, x, _, *of_gate = (t if t is None else t.requires_grad_() for t in draw(gate))
+
+    def function(a, x, *of_gate):
+        return function_of(gate, "new")(2 * a, x, *of_gate, 1, P, rule)
+
+    out = torch.compile(function, fullgraph=True)(a, x, *of_gate)
+    given = {t.data_ptr() for t in of_gate}
+    saved = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in given]
+    kept = sum(t.untyped_storage().nbytes() for t in saved)
+    rows = B * P * D * a.itemsize
+    assert rows <= kept <= (3.2 if gate in LINEAR_GATES else 1.1) * rows
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_gate_has_no_second_derivative(backend):
+    torch._dynamo.reset()
+    h, x, _, logit = (t if t is None else t.requires_grad_() for t in draw("scalar"))
+    compiled = torch.compile(gp.prompt_gate, fullgraph=True, backend=backend)
+    out = compiled(h, x, logit, 1, P)
+
+    def second():
+        first = torch.autograd.grad(out.square().sum(), logit, create_graph=True)
+        return torch.autograd.grad(first, h)
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        second()
 
 
 class Gated(nn.Module):
@@ -402,6 +472,24 @@ def test_exported_prompts_take_any_batch(strict):
     for exported in _exported(model, (torch.randn(B, N, D),), (sizes,), strict):
         images = torch.randn(5, N, D)
         torch.testing.assert_close(exported(images), model(images))
+
+
+def test_model_compiled_ahead_of_time_equals_eager(tmp_path):
+    timm_or_skip()
+    import timm
+
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", depth=2, num_classes=3, img_size=32, embed_dim=24, num_heads=2
+    )
+    model = gp.wrap(vit, num_prompts=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        compiled = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 # ---- function transforms ----
