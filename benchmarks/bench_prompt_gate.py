@@ -22,15 +22,16 @@ import importlib.util
 import pytest
 from gates import Alone, Chain, Copy, Gemms, QuackSoftmax, bytes_moved, l2_bytes
 from harness import PASSES, TRAINING, Graphed, label, race, timed_here
-from peers import COMPACT, COMPILED, PEERS, QUACK, TWO_CARRIERS
+from peers import COMPACT, COMPILED, OUT_OF_PLACE, PEERS, QUACK, TWO_CARRIERS
 from shapes import CALL, DEFAULT, chosen
 
 HOWS = ("chain", "alone", "chain, graph", "alone, graph")
 LIMITS = {"device copy": Copy, "bare GEMMs": Gemms, QUACK: QuackSoftmax}
 EXTRA_PEERS = {"chain": ("no gate", "no gate, compiled"), "alone": tuple(LIMITS)}
+QUICK_COMPILED = tuple(f"{form}, compiled" for form in (OUT_OF_PLACE, "original", "slice_scatter"))
 QUICK_PEERS = (
-    *("gated_prompt", *COMPACT, "triton", "original"),
-    *("original, compiled", "slice_scatter, compiled", "no gate", "device copy", "bare GEMMs"),
+    *("gated_prompt", *COMPACT, "triton", "original", *QUICK_COMPILED),
+    *("no gate", "device copy", "bare GEMMs"),
 )
 LIMIT_PEERS = (TWO_CARRIERS, "device copy")
 GOAL_PEERS = (
@@ -93,7 +94,8 @@ def by_default(case, how, peer):
     if is_reference:
         return not peer.endswith("autotune")
     if "chain" in how:
-        return case.gate == "scalar" and not peer.endswith(tuple(COMPILED))
+        is_eager = not peer.endswith(tuple(COMPILED))
+        return (case.gate == "scalar" and is_eager) or peer in QUICK_COMPILED
     return peer in (*QUICK_PEERS, "slice assignment", "slice_scatter")
 
 

@@ -108,7 +108,7 @@ def parts(options):
         (Part("compiled-step", 150, goals("G6,G12,G14")),),
         (Part("ncu", 60, (*ncu, *raw_ops, "--once", "--sizes", "256x50")),),
         (Part("attention", 60, (*benchmarks, "benchmarks/bench_attention.py")),),
-        (Part("chain", 90, (*gates, "-k", "chain and not linear")),),
+        (Part("chain", 110, (*gates, "-k", "chain and not linear")),),
         (Part("linear", 60, (*gates, "-k", "linear")),),
     ]
     return first[options.built :], more

@@ -66,30 +66,39 @@ def gated_prompt(h, x, gate, start, length, rule):
     return op(h, x, *gate, start, length, rule)
 
 
+def gated_prompt_new(h, x, gate, start, length, rule):
+    op = gp.prompt_gate if len(gate) == 1 else gp.prompt_gate_linear
+    return op(h, x, *gate, start, length, rule)
+
+
 def gated_prompt_carrier(h, x, gate, start, length, rule, carrier):
     """Returns (sequence, carrier). The gradient of x goes to the carrier, which is [B, P, D]."""
     op = gp.prompt_gate_ if len(gate) == 1 else gp.prompt_gate_linear_
     return op(h, x, *gate, start, length, rule, carrier=carrier)
 
 
+OUT_OF_PLACE = "gated_prompt, out of place"
 TWO_CARRIERS = "gated_prompt, two carriers"  # the gradient of its output also has two parts
 QUACK = "QuACK softmax"  # from a published kernel library, on as many bytes as the gate must move
 COMPACT = ("gated_prompt, carrier", TWO_CARRIERS, "triton, rows")  # in gates.Alone, x is [B, P, D]
 COMPILED = {", compiled": "default", ", max-autotune": "max-autotune-no-cudagraphs"}
+FORMS = {  # name: function; each is also compiled
+    "original": original,
+    "slice assignment": slice_assignment,
+    "slice_scatter": slice_scatter,
+    "where": where,
+    "gated_prompt": gated_prompt,
+    OUT_OF_PLACE: gated_prompt_new,
+}
 PEERS = {  # name: (function, torch.compile's mode)
-    "gated_prompt": (gated_prompt, None),
     "gated_prompt, carrier": (gated_prompt_carrier, None),
     TWO_CARRIERS: (gated_prompt_carrier, None),
     "triton": (triton, None),
     "triton, rows": (triton, None),
-    "original": (original, None),
-    "slice assignment": (slice_assignment, None),
-    "slice_scatter": (slice_scatter, None),
-    "where": (where, None),
     **{
-        f"{form.__name__.replace('slice_a', 'slice a')}{how}": (form, mode)
-        for how, mode in COMPILED.items()
-        for form in (original, slice_assignment, slice_scatter, where, gated_prompt)
+        name + how: (form, mode)
+        for how, mode in {"": None, **COMPILED}.items()
+        for name, form in FORMS.items()
     },
 }
 
