@@ -237,7 +237,7 @@ def test_compiled_gate_has_no_second_derivative(backend):
         first = torch.autograd.grad(out.square().sum(), logit, create_graph=True)
         return torch.autograd.grad(first, h)
 
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match=r"does not require grad|not .* support double backward"):
         second()
 
 
