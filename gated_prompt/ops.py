@@ -175,6 +175,26 @@ def _(weight, bias, temperature, rows, low, high, dtype):
     )
 
 
+@torch.library.custom_op("gated_prompt::copy_rows", mutates_args=())
+def copy_rows(rows: torch.Tensor) -> torch.Tensor:
+    """clone() that torch.compile does not recompute.
+
+    If the rows belong to a graph input that is overwritten later, torch.compile recomputes an
+    ATen clone in backward, from the new values: the gate's gradient was silently 60 % off (torch
+    2.11).
+    """
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+@copy_rows.register_fake
+def _(rows):
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+copy_rows.register_autograd(lambda ctx, grad: grad)
+copy_rows.register_vmap(lambda info, in_dims, rows: (copy_rows(rows), in_dims[0]))
+
+
 def build_info() -> dict:
     """Returns the compiler, torch, instruction set, nvcc and GPU architectures, or why no CUDA."""
     info = dict(_C.build_info())

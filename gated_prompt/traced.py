@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gated_prompt.autograd import linear_logit, no_autocast
+from gated_prompt.ops import copy_rows
 from gated_prompt.torch_private import forward_ad_level, interpreter_stack
 
 
-def traced_gate(block_out: Tensor, block_in: Tensor, rows: Tensor, gate, start, length, rule):
+def traced_gate(block_out, block_in, rows, gate, start, length, rule, is_overwritten=False):
     """The gate out of place. rows: the prompt rows of block_in, [B, P, D]. gate: (gate_logit,), or
-    (weight, bias)."""
+    (weight, bias). is_overwritten: block_out will be."""
     h = block_out[:, start : start + length]
     if not _trains_compiled(block_out, block_in, *gate):
         return _with_rows(block_out, _gated_rows(h, rows, _logit(h, gate), rule), start, length)
@@ -23,7 +24,8 @@ def traced_gate(block_out: Tensor, block_in: Tensor, rows: Tensor, gate, start, 
     logit = gate[0] if len(gate) == 1 else _logit(_kept(_kept(h)), gate)
     is_sequence = rows is not block_in and block_in.dim() == 3
     x = block_in if is_sequence else rows
-    return CompiledGate.apply(block_out, x, logit, start, length, rule, is_sequence)
+    where = start, length, rule
+    return CompiledGate.apply(block_out, x, logit, *where, is_sequence, is_overwritten)
 
 
 def traced_gate_(block_out, block_in, rows, carrier, gate, start, length, rule):
@@ -40,8 +42,9 @@ def traced_gate_(block_out, block_in, rows, carrier, gate, start, length, rule):
         )
     target = block_out[:, start : start + length]
     if _trains_compiled(block_out, block_in, *gate):
-        # the compiler turns this into the gate out of place, unless block_out is a graph input
-        block_out.copy_(traced_gate(block_out, block_in, rows, gate, start, length, rule))
+        # the compiler removes this copy, unless block_out is a graph input
+        new = traced_gate(block_out, block_in, rows, gate, start, length, rule, True)
+        block_out.copy_(new)
     else:
         if _is_plain_dynamo():
             h = target
@@ -63,9 +66,13 @@ class CompiledGate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block_out, block_in, gate_logit, start, length, rule, is_sequence):
+    def forward(
+        ctx, block_out, block_in, gate_logit, start, length, rule, is_sequence, is_overwritten
+    ):
         end = start + length
         h, x = block_out[:, start:end], block_in[:, start:end] if is_sequence else block_in
+        if is_overwritten:  # forward needs the copies, so backward does not compute them again
+            h, x = copy_rows(h), copy_rows(x)
         half = h / 2 - x / 2 if rule == "mix" else h / 2
         ctx.save_for_backward(_kept(half.to(h.dtype)), gate_logit)
         ctx.start, ctx.end, ctx.is_mix, ctx.is_sequence = start, end, rule == "mix", is_sequence
@@ -93,7 +100,7 @@ class CompiledGate(torch.autograd.Function):
             if ctx.is_sequence:
                 of_block_in = pad(of_block_in, outer)
         of_block_in, of_logit = of_block_in.to(ctx.in_dtype), of_logit.to(gate_logit.dtype)
-        return of_block_out, of_block_in, of_logit, None, None, None, None
+        return of_block_out, of_block_in, of_logit, None, None, None, None, None
 
 
 def _scaled(grad, g, start, end, is_mix):
@@ -114,11 +121,8 @@ def _scaled(grad, g, start, end, is_mix):
 
 
 def _kept(rows: Tensor) -> Tensor:
-    """The rows in reverse order, as a copy that torch.compile does not compute again in backward.
-
-    It computes clone() and sums again. If the rows belong to a graph input that is overwritten
-    later, it does so from the new values: the gate's gradient was silently 60 % off (torch 2.11).
-    """
+    """The rows in reverse order: torch.compile saves this copy, where it would save a view of rows,
+    which keeps the whole sequence."""
     return rows.flip(1)
 
 

@@ -226,6 +226,22 @@ def test_compiled_gate_keeps_only_prompt_rows(gate, rule):
     assert rows <= kept <= (3.2 if gate in LINEAR_GATES else 1.1) * rows
 
 
+@pytest.mark.parametrize("gate", ["scalar", "full", "linear"])
+def test_compiled_in_place_copies_no_rows_in_backward(gate):
+    """Even if both inputs are kept for another op: they may be overwritten before backward."""
+    torch._dynamo.reset()
+    h, x, _, *of_gate = (t if t is None else t.requires_grad_() for t in draw(gate))
+
+    def function(h, x, *of_gate):
+        other = h.sin() + x.sin()
+        return function_of(gate, "in place")(h * 1, x, *of_gate, 1, P) + other
+
+    out = torch.compile(function, fullgraph=True)(h, x, *of_gate)
+    with profile() as recorded:
+        out.sum().backward()
+    assert not [event.key for event in recorded.key_averages() if "copy_rows" in event.key]
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_gate_has_no_second_derivative(backend):
     torch._dynamo.reset()

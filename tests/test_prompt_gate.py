@@ -691,6 +691,12 @@ def test_opcheck_of_the_raw_ops(device, dtype, gate):
         torch.library.opcheck(raw.prompt_gate_bwd_.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_of_copy_rows(device, dtype):
+    rows = Case(dtype=dtype, device=device).inputs()[1][:, 1:4].requires_grad_()
+    torch.library.opcheck(torch.ops.gated_prompt.copy_rows.default, (rows,))
+
+
 @pytest.mark.parametrize(
     ("gate", "backward", "grid", "logits"),
     [
